@@ -1,0 +1,53 @@
+//! How a virtio device meets the guest. A device knows [`VirtioDevice`] and [`Interrupt`]; whether
+//! it sits behind MMIO or PCI it can't tell.
+
+use std::sync::Arc;
+
+use virtio_queue::Queue;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::memory::GuestMemory;
+
+/// How a device tells its driver something.
+pub trait Interrupt: Send + Sync {
+    /// Used buffers were added to this queue.
+    fn signal_queue(&self, queue_index: u16);
+    /// The device's configuration space changed.
+    fn signal_config(&self);
+}
+
+/// A queue as handed to a device when the driver has set DRIVER_OK.
+pub struct ActiveQueue {
+    pub index: u16,
+    pub queue: Queue,
+    /// Becomes readable when the driver notifies this queue.
+    pub kick: EventFd,
+}
+
+pub struct Activation {
+    pub memory: GuestMemory,
+    pub queues: Vec<ActiveQueue>,
+    pub interrupt: Arc<dyn Interrupt>,
+    /// What the driver accepted of [`VirtioDevice::features`].
+    pub features: u64,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("activate the device: {0}")]
+pub struct ActivateError(pub String);
+
+pub trait VirtioDevice: Send {
+    /// The virtio device id (virtio 1.2, section 5).
+    fn device_type(&self) -> u32;
+    /// The largest size of each queue.
+    fn queue_sizes(&self) -> &[u16];
+    /// Offered features, without those of the transport.
+    fn features(&self) -> u64;
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+    fn write_config(&mut self, offset: u64, data: &[u8]);
+    /// The driver set DRIVER_OK. An error sets DEVICE_NEEDS_RESET and nothing worse.
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+    /// Back to the state after construction. When it returns no thread of the device touches guest
+    /// memory, and every backend descriptor (tap, disk) is still held, ready for the next activation.
+    fn reset(&mut self);
+}
