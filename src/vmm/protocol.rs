@@ -65,8 +65,12 @@ pub enum FdRole {
 #[serde(rename_all = "camelCase")]
 pub enum LaunchReply {
     /// The sandbox is closed and the vCPUs run.
-    Launched { pid: i32 },
-    Failed { error: String },
+    Launched {
+        pid: i32,
+    },
+    Failed {
+        error: String,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

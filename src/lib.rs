@@ -1,0 +1,8 @@
+//! vmctl: manifests to running virtual machines on a Linux KVM host, and kept so.
+//!
+//! The map and the invariants are in `ARCHITECTURE.md`.
+
+pub mod host;
+
+pub mod name;
+pub mod vmm;
