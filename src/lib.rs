@@ -3,6 +3,7 @@
 //! The map and the invariants are in `ARCHITECTURE.md`.
 
 pub mod host;
+pub mod kinds;
 
 pub mod name;
 pub mod vmm;
