@@ -6,4 +6,6 @@ pub mod host;
 pub mod kinds;
 
 pub mod name;
+pub mod plan;
+pub mod resolve;
 pub mod vmm;

@@ -28,7 +28,10 @@ pub fn compare(id: &ObjectId, want: &Bridge, context: &Context) -> Action {
     let mark = Mark::new(context.declared.set.clone(), id.clone());
     match links::holder(context, links, &name, &mark) {
         Holder::Absent => create(&mut action, &name, want, &mark),
-        Holder::Ours(have) => compare_settings(&mut action, &name, want, have),
+        Holder::Ours(have) => {
+            action.usable = matches!(have.kind, LinkKind::Bridge(_));
+            compare_settings(&mut action, &name, want, have);
+        }
         Holder::Renamed(have, old) => {
             links::remark(&mut action, &name, old, &mark);
             compare_settings(&mut action, &name, want, have);

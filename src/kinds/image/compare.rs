@@ -20,7 +20,10 @@ pub fn compare(id: &ObjectId, want: &Image, context: &Context) -> Action {
     let cached = directory.and_then(|directory| directory.images.get(&image.file));
     if let Some(cached) = cached {
         match &cached.mark {
-            Some(found) if *found == mark => return stale(action, id, &image.file, &mark, context).finish(),
+            Some(found) if *found == mark => {
+                action.usable = true;
+                return stale(action, id, &image.file, &mark, context).finish();
+            }
             Some(found) if found.set != mark.set => {
                 return action.blocked(Blocker::new(format!(
                     "this content is in the pool as {} of set {}",

@@ -35,7 +35,10 @@ pub fn compare(id: &ObjectId, want: &Vlan, context: &Context) -> Action {
             action.verb(Verb::Create, format!("{name} is not there"));
             create(&mut action, want, &mark, bridge);
         }
-        Holder::Ours(have) => compare_fields(&mut action, want, have, parent, bridge.as_ref(), &mark),
+        Holder::Ours(have) => {
+            action.usable = true;
+            compare_fields(&mut action, want, have, parent, bridge.as_ref(), &mark);
+        }
         Holder::Renamed(have, old) => {
             links::remark(&mut action, name, old, &mark);
             compare_fields(&mut action, want, have, parent, bridge.as_ref(), &mark);

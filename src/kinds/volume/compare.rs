@@ -198,6 +198,7 @@ fn compare_file(
         }
         return;
     }
+    action.usable = true;
     compare_capacity(action, id, want, file, pool_path, capacity_bytes, mark, context);
     if have.reclaim_delete != want.reclaim_delete {
         let text = |delete: bool| Some(if delete { "Delete" } else { "Retain" }.to_owned());
