@@ -85,7 +85,7 @@ pub struct Summary {
 }
 
 pub fn plan(desired: &Desired, snapshot: &Snapshot, policy: &Policy) -> Plan {
-    let context = Context { declared: &desired.declared, snapshot };
+    let context = Context::new(&desired.declared, snapshot);
     let wanted = |id: &ObjectId| policy.only.as_ref().is_none_or(|only| only.contains(id));
     let mut actions: Vec<Action> = Vec::with_capacity(desired.order.len());
     for id in desired.order.iter().filter(|id| wanted(id)) {

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::Removal;
 use crate::host::snapshot::{LinkKind, Pool, PoolFile, Snapshot, Vm};
 use crate::host::step::{LinkChange, StopHow};
-use crate::host::{Step, snapshot::Link};
+use crate::host::Step;
 use crate::kinds::Context;
 use crate::kinds::action::{Action, Blocker, Impact, Verb};
 use crate::kinds::image::compare::remove_step;
@@ -47,7 +47,7 @@ pub fn removals(context: &Context, removal: &Removal) -> Vec<Action> {
 /// Links of undeclared objects that a declared object takes over under another name.
 fn taken_over(context: &Context) -> BTreeSet<LinkName> {
     let objects = context.declared.objects.iter();
-    objects.filter_map(|(id, spec)| crate::resolve::link_of(id, spec)).collect()
+    objects.filter_map(|(id, spec)| crate::kinds::link_of(id, spec)).collect()
 }
 
 struct Finder<'a> {
@@ -71,34 +71,26 @@ impl Finder<'_> {
         Mark::new(self.context.declared.set.clone(), id.clone())
     }
 
-    fn links_of(&self, id: &ObjectId) -> Vec<(&LinkName, &Link, Mark)> {
-        let links = self.context.snapshot.links.iter().flatten();
-        links
-            .filter_map(|(name, link)| Some((name, link, link.mark()?)))
-            .filter(|(_, _, mark)| mark.set == self.context.declared.set && mark.owner == *id)
-            .collect()
-    }
-
     fn link(&self, id: &ObjectId) -> Option<Action> {
         let mut action = Action::new(id, "removed from the manifests");
-        let mut found = self.links_of(id);
+        let mut found: Vec<_> = self.context.links_of(id).iter().collect();
         // The whole before its parts: a bridge goes, then its former ports are let go of.
         found.sort_by_key(|(_, _, mark)| mark.part.is_some());
         for (name, link, mark) in found {
-            if self.taken.contains(name) {
+            if self.taken.contains(*name) {
                 continue;
             }
             if mark.part.is_some() {
                 if link.master.is_some() {
-                    action.step(Step::SetLink { link: name.clone(), change: LinkChange::Master(None) });
+                    action.step(Step::SetLink { link: (*name).clone(), change: LinkChange::Master(None) });
                 }
-                action.step(Step::UnmarkLink { link: name.clone(), mark });
+                action.step(Step::UnmarkLink { link: (*name).clone(), mark: mark.clone() });
                 continue;
             }
             if let Some(blocker) = self.others_on(name, &mut action) {
                 return Some(action.blocked(blocker));
             }
-            action.step(Step::DeleteLink { link: name.clone(), mark });
+            action.step(Step::DeleteLink { link: (*name).clone(), mark: mark.clone() });
         }
         if action.steps.is_empty() {
             return None;
@@ -109,10 +101,7 @@ impl Finder<'_> {
 
     /// Links on top of this one: ours go or move first, others' block.
     fn others_on(&self, name: &LinkName, action: &mut Action) -> Option<Blocker> {
-        for (upper, link) in self.context.snapshot.links.iter().flatten() {
-            if link.master.as_ref() != Some(name) && link.parent.as_ref() != Some(name) {
-                continue;
-            }
+        for (upper, link) in self.context.uppers(name) {
             match link.mark() {
                 Some(mark) if mark.set == self.context.declared.set => {
                     if mark.owner != action.object {
@@ -204,7 +193,8 @@ impl Finder<'_> {
         for (pool, file, facts) in self.files_of(&mark, false) {
             let path = pool.path.join(file);
             action.summary = path.display().to_string();
-            if let Some(vm) = self.user_of(&path) {
+            if let Some((vm, _, _)) = self.context.running_disk(&path) {
+                let vm = ObjectId::new(Kind::VirtualMachine, vm);
                 if !self.going.contains(&vm) && !self.context.declared.objects.contains_key(&vm) {
                     return Some(action.blocked(Blocker::new(format!("{vm} runs on it"))));
                 }
@@ -233,14 +223,6 @@ impl Finder<'_> {
             }
         }
         Some(action.finish())
-    }
-
-    /// The VM that runs with this file as a disk.
-    fn user_of(&self, path: &std::path::Path) -> Option<ObjectId> {
-        self.context.snapshot.vms.iter().flatten().find_map(|(name, vm)| {
-            let config = running_config(vm)?;
-            uses(config, path).then(|| ObjectId::new(Kind::VirtualMachine, name.clone()))
-        })
     }
 
     fn vm(&self, id: &ObjectId) -> Option<Action> {
@@ -276,9 +258,9 @@ impl Finder<'_> {
     }
 
     fn remove_taps(&self, id: &ObjectId, action: &mut Action) {
-        for (name, link, mark) in self.links_of(id) {
+        for (name, link, mark) in self.context.links_of(id) {
             if link.kind == LinkKind::Tap {
-                action.step(Step::DeleteLink { link: name.clone(), mark });
+                action.step(Step::DeleteLink { link: (*name).clone(), mark: mark.clone() });
             }
         }
     }
@@ -286,10 +268,6 @@ impl Finder<'_> {
 
 fn running_config(vm: &Vm) -> Option<&VmConfig> {
     Some(&vm.process.as_ref()?.as_ref().ok()?.config)
-}
-
-fn uses(config: &VmConfig, path: &std::path::Path) -> bool {
-    config.disks.iter().any(|disk| std::path::Path::new(&disk.path) == path)
 }
 
 /// Orders declared actions against removals: a removed VM lets go of its disks before another VM takes

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use petgraph::algo::tarjan_scc;
 use petgraph::graphmap::DiGraphMap;
 
-use super::{Problem, link_of};
-use crate::kinds::Spec;
+use super::Problem;
+use crate::kinds::{Spec, link_of};
 use crate::name::{LinkName, ObjectId};
 
 /// For each object, those that must be there first. Only declared ones.

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::host::Scope;
 use crate::kinds::{Declared, Spec};
-use crate::name::{LinkName, ObjectId, SetName};
+use crate::name::{ObjectId, SetName};
 
 /// What is declared, in order.
 #[derive(Clone, Debug)]
@@ -86,14 +86,5 @@ impl Desired {
             scope.files.extend(spec.files());
         }
         scope
-    }
-}
-
-/// The link that an object is on the host.
-pub(crate) fn link_of(id: &ObjectId, spec: &Spec) -> Option<LinkName> {
-    match spec {
-        Spec::Bridge(bridge) => bridge.link_name(&id.name).ok(),
-        Spec::Vlan(vlan) => Some(vlan.interface_name.clone()),
-        _ => None,
     }
 }

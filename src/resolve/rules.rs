@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use super::{Problem, link_of};
-use crate::kinds::Spec;
+use super::Problem;
 use crate::kinds::virtual_machine::{default_mac, tap_name};
 use crate::kinds::volume::Content;
+use crate::kinds::{Spec, link_of};
 use crate::name::{Kind, LinkName, ObjectId, SetName};
 
 type Objects = BTreeMap<ObjectId, Spec>;

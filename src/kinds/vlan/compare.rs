@@ -19,11 +19,11 @@ pub fn compare(id: &ObjectId, want: &Vlan, context: &Context) -> Action {
         return action.blocked(Blocker::lacks(Capability::Vlan, how));
     }
     let parent = links.get(&want.parent);
-    let parent_owner = links::declared_owner(context, &want.parent);
+    let parent_owner = context.declared_owner(&want.parent);
     if let Err(blocker) = check_parent(want, parent, parent_owner.is_some()) {
         return action.blocked(blocker);
     }
-    action.after.extend(parent_owner);
+    action.after.extend(parent_owner.cloned());
     let bridge = match bridge_link(want, context) {
         Ok(bridge) => bridge,
         Err(blocker) => return action.blocked(blocker),
