@@ -4,9 +4,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::Removal;
+use crate::host::Step;
 use crate::host::snapshot::{LinkKind, Pool, PoolFile, Snapshot, Vm};
 use crate::host::step::{LinkChange, StopHow};
-use crate::host::Step;
 use crate::kinds::Context;
 use crate::kinds::action::{Action, Blocker, Impact, Verb};
 use crate::kinds::image::compare::remove_step;
