@@ -8,5 +8,6 @@ pub mod kinds;
 
 pub mod name;
 pub mod plan;
+pub mod report;
 pub mod resolve;
 pub mod vmm;

@@ -48,10 +48,15 @@ impl Problem {
     }
 }
 
-/// Checks everything between the objects and orders them, or names every problem.
-pub fn resolve(set: SetName, objects: BTreeMap<ObjectId, Spec>) -> Result<Desired, Vec<Problem>> {
+/// Checks everything between the objects and orders them, or names every problem. `unusable` objects are
+/// declared but broken, which is reported elsewhere: a reference to one is not dangling.
+pub fn resolve(
+    set: SetName,
+    objects: BTreeMap<ObjectId, Spec>,
+    unusable: &BTreeSet<ObjectId>,
+) -> Result<Desired, Vec<Problem>> {
     let mut problems = Vec::new();
-    rules::check(&set, &objects, &mut problems);
+    rules::check(&set, &objects, unusable, &mut problems);
     let dependencies = graph::dependencies(&objects);
     match graph::order(&dependencies) {
         Ok(order) if problems.is_empty() => {

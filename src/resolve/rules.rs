@@ -1,6 +1,6 @@
 //! What must hold between objects, each rule with every breach of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::Problem;
 use crate::kinds::virtual_machine::{default_mac, tap_name};
@@ -10,8 +10,8 @@ use crate::name::{Kind, LinkName, ObjectId, SetName};
 
 type Objects = BTreeMap<ObjectId, Spec>;
 
-pub fn check(set: &SetName, objects: &Objects, problems: &mut Vec<Problem>) {
-    references(objects, problems);
+pub fn check(set: &SetName, objects: &Objects, unusable: &BTreeSet<ObjectId>, problems: &mut Vec<Problem>) {
+    references(objects, unusable, problems);
     link_names(objects, problems);
     ports(objects, problems);
     vlan_tags(objects, problems);
@@ -22,10 +22,10 @@ pub fn check(set: &SetName, objects: &Objects, problems: &mut Vec<Problem>) {
     disks(objects, problems);
 }
 
-fn references(objects: &Objects, problems: &mut Vec<Problem>) {
+fn references(objects: &Objects, unusable: &BTreeSet<ObjectId>, problems: &mut Vec<Problem>) {
     for (id, spec) in objects {
         for reference in spec.references() {
-            if objects.contains_key(&reference.to) {
+            if objects.contains_key(&reference.to) || unusable.contains(&reference.to) {
                 continue;
             }
             let to = &reference.to;
