@@ -91,7 +91,10 @@ fn write_action(out: &mut String, action: &Action, width: usize, style: Style) {
         Verb::Refused => format!("refused: {}", action.because),
         Verb::Update | Verb::Restart | Verb::Replace => action.because.clone(),
     };
-    let _ = writeln!(out, "{}  {what}", paint(style, action.verb, &head));
+    let _ = match what.is_empty() {
+        true => writeln!(out, "{}", paint(style, action.verb, head.trim_end())),
+        false => writeln!(out, "{}  {what}", paint(style, action.verb, &head)),
+    };
     for change in &action.changes {
         let value = |value: &Option<String>| value.clone().unwrap_or_else(|| "none".to_owned());
         let text = format!("{}: {} → {}", change.field, value(&change.from), value(&change.to));
