@@ -4,6 +4,7 @@
 
 pub mod host;
 pub mod kinds;
+pub mod load;
 
 pub mod name;
 pub mod vmm;
