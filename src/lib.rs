@@ -6,8 +6,8 @@ pub mod execute;
 pub mod host;
 pub mod kinds;
 pub mod load;
-
 pub mod name;
+pub mod pipeline;
 pub mod plan;
 pub mod report;
 pub mod resolve;
