@@ -9,15 +9,19 @@
 //! twice; that is `resolve`'s work. Input is hostile until proven otherwise: every size is bounded
 //! (`Limits`), and no input makes this room panic.
 
+mod batch;
 mod check;
 pub mod diagnostic;
 mod document;
 mod envelope;
+pub mod explain;
+mod labels;
 mod scalar;
 pub mod schema;
 mod shape;
 pub mod source;
 mod suggest;
+mod syntax;
 mod text;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -27,6 +31,7 @@ use crate::kinds::Spec;
 use crate::name::{ObjectId, Sha256};
 
 pub use diagnostic::{Diagnostic, Location, Related, Severity, Snippet};
+pub use explain::{Explanation, explain};
 pub use text::{Origin, SourceFile};
 
 /// The only version of manifests so far.
@@ -117,5 +122,5 @@ pub struct Loaded {
 /// Reads and checks all inputs. Never fails as a whole: see `Loaded::complete`.
 pub fn load(inputs: &[Input], options: &Options) -> Loaded {
     let sources = source::read(inputs, &options.limits);
-    envelope::load_sources(sources, options)
+    batch::load_sources(sources, options)
 }

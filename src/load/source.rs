@@ -222,8 +222,7 @@ impl Reader<'_> {
         // A directory that was removed while it was open lists nothing, and has no links.
         tree.unsteady |= Identity::of(&after) != before || after.st_nlink == 0;
         let still = |(path, identity): &(PathBuf, Identity)| {
-            let now =
-                walk.open(path, OFlags::PATH | OFlags::CLOEXEC).and_then(|fd| Ok(rustix::fs::fstat(fd)?));
+            let now = walk.open(path, OFlags::PATH | OFlags::CLOEXEC).and_then(rustix::fs::fstat);
             now.is_ok_and(|stat| Identity::of(&stat) == *identity)
         };
         tree.unsteady |= !tree.opened.iter().all(still);
