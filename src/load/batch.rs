@@ -47,8 +47,22 @@ pub fn load_sources(sources: Sources, options: &Options) -> Loaded {
         loaded.unusable =
             declared.iter().map(|(id, _)| id).filter(|id| !good.contains(id)).cloned().collect();
     }
+    if declared.is_empty() && loaded.problems.is_empty() {
+        loaded.problems.push(nothing_declared(&sources.files));
+    }
     loaded.complete = !loaded.problems.iter().any(Diagnostic::is_error);
     loaded
+}
+
+/// An input without a single object is a mistake, or a generator that failed: it must never read as
+/// "remove everything".
+fn nothing_declared(files: &[Arc<SourceFile>]) -> Diagnostic {
+    let place = match files {
+        [] => "nothing to read".to_owned(),
+        [one] => format!("no manifests in {}", one.name()),
+        [first, rest @ ..] => format!("no manifests in {} and {} more files", first.name(), rest.len()),
+    };
+    Diagnostic::error(place).hint("to remove objects, name them with `vmctl delete`")
 }
 
 /// Documents up to which threads cost more than they save.

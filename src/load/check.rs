@@ -108,8 +108,13 @@ impl<'s> Walk<'s, '_> {
                 }
                 (None, None) => {
                     let names = form.fields.iter().map(|field| field.name.as_str());
-                    meant.extend(suggest::nearest(&entry.key, names.clone()));
-                    self.problems.push(unknown_name(entry, &path.to_string(), names));
+                    let near = suggest::nearest(&entry.key, names.clone());
+                    meant.extend(near);
+                    let problem = unknown_name(entry, &path.to_string(), names);
+                    self.problems.push(match self.elsewhere(form, &entry.key).filter(|_| near.is_none()) {
+                        Some(place) => problem.hint(format!("did you mean `{path}.{place}`?")),
+                        None => problem,
+                    });
                     continue;
                 }
             };
@@ -139,6 +144,19 @@ impl<'s> Walk<'s, '_> {
             }
         }
         Some(Json::Object(values))
+    }
+
+    /// Where among the parts of this mapping a field of that name is: `boot.kernel`, `disks[].volume`.
+    fn elsewhere(&self, form: &MapForm, name: &str) -> Option<String> {
+        form.fields.iter().find_map(|field| {
+            let (brackets, inner) = match &self.shapes.get(field.shape).form {
+                Form::Seq { item, .. } => ("[]", &self.shapes.get(*item).form),
+                inner => ("", inner),
+            };
+            let Form::Map(inner) = inner else { return None };
+            let found = inner.fields.iter().any(|field| field.name == name);
+            found.then(|| format!("{}{brackets}.{name}", field.name))
+        })
     }
 
     /// A value of the right form for what is missing or wrong (and reported as such), so that the rest
@@ -198,11 +216,13 @@ impl<'s> Walk<'s, '_> {
                 if let Some(Surprise::Octal(octal)) = odd {
                     let message =
                         format!("`{path}`: `{text}` is {value} in YAML 1.2 and {octal} (octal) in YAML 1.1");
-                    self.problems
-                        .push(Problem::error(span, message).hint(format!("write {value} or 0o{octal:o}")));
+                    self.problems.push(
+                        Problem::error(span, message)
+                            .hint(format!("write {value}, or 0o{octal:o} if {octal} is meant")),
+                    );
                     return None;
                 }
-                return self.integer(value, *min, *max, span, path);
+                return self.integer(text, value, *min, *max, span, path);
             }
             (Form::Number { min, max }, Typed::Int(_) | Typed::Float(_)) => {
                 let value = match typed {
@@ -236,7 +256,15 @@ impl<'s> Walk<'s, '_> {
         None
     }
 
-    fn integer(&mut self, value: i128, min: i128, max: i128, span: Span, path: &Path<'_>) -> Option<Json> {
+    fn integer(
+        &mut self,
+        text: &str,
+        value: i128,
+        min: i128,
+        max: i128,
+        span: Span,
+        path: &Path<'_>,
+    ) -> Option<Json> {
         let json = i64::try_from(value).map(Json::from).or_else(|_| u64::try_from(value).map(Json::from));
         match json {
             Ok(json) if (min..=max).contains(&value) => Some(json),
@@ -246,7 +274,7 @@ impl<'s> Walk<'s, '_> {
                 } else {
                     format!("between {min} and {max}")
                 };
-                self.problems.push(Problem::error(span, format!("`{path}` is {value}; it must be {limits}")));
+                self.problems.push(Problem::error(span, format!("`{path}` is {text}; it must be {limits}")));
                 None
             }
         }
@@ -468,6 +496,9 @@ fn scalar_hint(form: &Form, typed: Typed, scalar: &Scalar<'_>, odd: Option<Surpr
             }
             Some(Surprise::Number) => Some("write the number in decimal digits, without `_`".to_owned()),
             _ if quoted && matches!(core(text), Typed::Int(_)) => Some(format!("remove the quotes: {text}")),
+            _ if text.starts_with(|c: char| c.is_ascii_digit()) => {
+                Some("write digits alone: the unit is in the field's description".to_owned())
+            }
             _ => None,
         },
         (Form::Int { .. }, Typed::Float(value)) if value.fract() == 0.0 && value.abs() < 1e15 => {
@@ -483,6 +514,13 @@ fn scalar_hint(form: &Form, typed: Typed, scalar: &Scalar<'_>, odd: Option<Surpr
             if choices.is_empty() =>
         {
             Some(format!("quote it: \"{text}\""))
+        }
+        (Form::Map(_), Typed::Text) if scalar.plain && text.contains(':') => {
+            Some("write a space after the `:`".to_owned())
+        }
+        (Form::Map(form), _) if form.others.is_none() => {
+            let names = form.fields.iter().map(|field| field.name.as_str());
+            Some(format!("it has the fields {}", suggest::list(names, "and")))
         }
         (Form::Seq { .. }, _) => Some("write it as an item of a list: `- …`".to_owned()),
         _ => None,

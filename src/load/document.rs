@@ -384,8 +384,14 @@ impl<'a, 'l> Builder<'a, 'l> {
             && open.is_map
             && open.key.is_none()
         {
-            return Err(Problem::error(span, "a key must be a text, not a mapping or a list")
-                .hint("a value that begins with `{` or `[` must be quoted if it is meant as text"));
+            let before = (span.start as usize - self.base).saturating_sub(1);
+            let template = self.document.get(before..).is_some_and(|text| text.starts_with("{{"));
+            let hint = if template {
+                "is this a template that was not rendered?"
+            } else {
+                "a value that begins with `{` or `[` must be quoted if it is meant as text"
+            };
+            return Err(Problem::error(span, "a key must be a text, not a mapping or a list").hint(hint));
         }
         let (nodes_before, text_before) = (self.nodes, self.text_bytes);
         self.count(1, 0, span)?;

@@ -25,11 +25,10 @@ fn text_of<'n>(node: &'n Node<'_>) -> Option<&'n str> {
     }
 }
 
-/// The items of a `kind: List`, as `kubectl get -o yaml` writes it.
-fn list_items<'n, 'a>(root: &'n Node<'a>) -> Option<&'n Entry<'a>> {
-    let entries = root.entries()?;
-    let is_list = find(entries, "kind").and_then(|entry| text_of(&entry.value)) == Some("List");
-    if is_list { find(entries, "items") } else { None }
+/// Whether this is a `kind: List`, as `kubectl get -o yaml` writes it.
+fn is_list(root: &Node<'_>) -> bool {
+    let kind = root.entries().and_then(|entries| find(entries, "kind"));
+    kind.and_then(|entry| text_of(&entry.value)) == Some("List")
 }
 
 /// Reads the manifests of one document.
@@ -45,9 +44,9 @@ pub fn read(
         return;
     }
     let mut reader = Reader { file, range, problems, outcome };
-    match list_items(root) {
-        Some(items) => reader.list(root, items),
-        None => reader.object(root, ""),
+    match root.entries() {
+        Some(entries) if is_list(root) => reader.list(entries),
+        _ => reader.object(root, ""),
     }
 }
 
@@ -59,8 +58,8 @@ struct Reader<'r> {
 }
 
 impl Reader<'_> {
-    fn list(&mut self, root: &Node<'_>, items: &Entry<'_>) {
-        for entry in root.entries().into_iter().flatten() {
+    fn list(&mut self, entries: &[Entry<'_>]) {
+        for entry in entries {
             match entry.key.as_ref() {
                 "apiVersion" if matches!(text_of(&entry.value), Some("v1" | API_VERSION)) => {}
                 "apiVersion" => self.problems.push(
@@ -72,6 +71,11 @@ impl Reader<'_> {
                 _ => self.problems.push(unknown_name(entry, "", ["apiVersion", "kind", "items"].into_iter())),
             }
         }
+        let Some(items) = find(entries, "items") else {
+            let place = entries.first().map_or(Span::new(0, 0), |entry| entry.key_span);
+            let problem = Problem::error(place, "a `List` lacks the field `items`");
+            return self.problems.push(problem.hint("write `items:` with a list of manifests"));
+        };
         match &items.value.value {
             Value::Seq(objects) => {
                 for (index, object) in objects.iter().enumerate() {
@@ -183,10 +187,7 @@ impl Reader<'_> {
             .map(Kind::as_str)
             .or_else(|| suggest::nearest(text, Kind::ALL.into_iter().map(Kind::as_str)));
         let (message, hint) = match (text, near) {
-            ("List", _) => (
-                "a `List` needs `items` and can't be within another".to_owned(),
-                "write `items:` with manifests".to_owned(),
-            ),
+            ("List", _) => ("a `List` can't be within another".to_owned(), hint),
             (_, Some(near)) => {
                 (format!("unknown kind `{text}`"), format!("did you mean `{near}`? {}", capital(&hint)))
             }
@@ -239,6 +240,10 @@ impl Reader<'_> {
 
     fn name(&mut self, fields: &[Entry<'_>], place: Span) -> Option<ObjectName> {
         let Some(entry) = find(fields, "name") else {
+            let known = ["name", "labels", "annotations"];
+            if fields.iter().any(|field| suggest::nearest(&field.key, known) == Some("name")) {
+                return None;
+            }
             self.problems.push(Problem::error(place, "`metadata` lacks the field `name`").hint(NAME_HINT));
             return None;
         };
@@ -327,12 +332,16 @@ impl Reader<'_> {
         for problem in found {
             let (span, exact) = locate(entry, &problem.pointer);
             // In a spec with errors only what is wrong with a text or number that was really written.
-            let known = self.problems[before..].iter().any(|before| before.span == span);
-            if sound || (exact && !known) {
+            let known = |before: &Problem| before.span == span && before.severity == Severity::Error;
+            if sound || (exact && !self.problems[before..].iter().any(known)) {
                 let message = format!("`{}`: {}", dotted(&problem.pointer), problem.message);
                 more.push(Problem::error(span, message).hint_maybe(problem.hint));
             }
         }
+        // Whoever must rewrite a value needs no warning of how it is written.
+        self.problems.retain(|before| {
+            before.severity == Severity::Error || more.iter().all(|problem| problem.span != before.span)
+        });
         self.problems.extend(more);
         None
     }

@@ -86,6 +86,10 @@ fn explain(kind: &ErrorKind, document: &str, offset: usize, limits: &Limits) -> 
             "expected another list item here",
             "items begin with `- `, all in one column; what isn't part of the list begins further left",
         ),
+        ErrorKind::ExpectedDocumentStart => with(
+            "the document was complete before this",
+            "look for a bracket or an indentation that ends too early; manifests are separated by `---` lines",
+        ),
         ErrorKind::BomInsideDocument => with("a byte-order mark within a document", "remove it"),
         kind => (format!("not YAML: {kind}"), None),
     }
