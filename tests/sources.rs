@@ -80,7 +80,7 @@ fn invalid_utf8_is_shown_with_its_place() {
     let at = bytes.windows(3).position(|three| three == b"br0").unwrap();
     bytes[at + 1] = 0xe9;
     let loaded = load_bytes(&bytes);
-    refused(&loaded, "<stdin>:4:10: error: byte 61 (0xe9) is not UTF-8\n  4 |   name: b\u{fffd}0");
+    refused(&loaded, "<stdin>:4:10: error: byte 63 (0xe9) is not UTF-8\n  4 |   name: b\u{fffd}0");
     let mut utf16 = vec![0xff, 0xfe];
     utf16.extend(bridge("br0").encode_utf16().flat_map(u16::to_le_bytes));
     refused(&load_bytes(&utf16), "UTF-16");
@@ -152,7 +152,7 @@ fn bombs_are_refused_quickly() {
         ("chain of aliases", chain),
         ("keys", (0..80_000).map(|index| format!("k{index}: 1\n")).collect()),
         ("one key", "k: 1\n".repeat(100_000)),
-        ("tabs", "\t".repeat(1_000_000)),
+        ("tabs", format!("a:\n{}b", "\t".repeat(1_000_000))),
         ("question marks", "? ".repeat(400_000)),
         ("folded", format!("a: >\n{}", " x\n".repeat(300_000))),
         ("tags", format!("a: !{} x", "y".repeat(900_000))),
@@ -162,6 +162,7 @@ fn bombs_are_refused_quickly() {
         let started = Instant::now();
         let loaded = load_bytes(bomb.as_bytes());
         assert!(!loaded.complete && loaded.manifests.is_empty(), "{name}");
+        println!("{name}: {:?}", started.elapsed());
         assert!(started.elapsed() < Duration::from_secs(20), "{name}: {:?}", started.elapsed());
         assert!(loaded.problems.iter().all(|problem| problem.location.is_some()), "{name}");
     }
@@ -307,7 +308,7 @@ fn the_fingerprint_is_of_names_and_bytes() {
 }
 
 /// While `write` is called over and over by another thread, every load is whole or says that it isn't.
-fn while_written(path: &Path, count: usize, write: impl Fn(u32) + Send) {
+fn while_written(path: &Path, count: usize, write: impl Fn(u32) + Sync) {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {

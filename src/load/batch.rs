@@ -51,6 +51,11 @@ pub fn load_sources(sources: Sources, options: &Options) -> Loaded {
         loaded.problems.push(nothing_declared(&sources.files));
     }
     loaded.complete = !loaded.problems.iter().any(Diagnostic::is_error);
+    let more = loaded.problems.len().saturating_sub(options.limits.problems_total);
+    if more > 0 {
+        loaded.problems.truncate(options.limits.problems_total);
+        loaded.problems.push(Diagnostic::error(format!("{more} more problems; the first ones are above")));
+    }
     loaded
 }
 

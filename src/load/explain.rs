@@ -68,7 +68,10 @@ pub fn explain(path: &str) -> Result<Explanation, ExplainError> {
             let spec = inner.field("spec").filter(|_| depth == 0)?;
             spec.0.inside().field(part)
         });
-        let Some((next, doc)) = found else { return Err(unknown_field(&inner, kind, part)) };
+        let Some((next, doc)) = found else {
+            let spec = inner.field("spec").filter(|_| depth == 0);
+            return Err(unknown_field(&spec.map_or(inner, |(spec, _)| spec.inside()), kind, part));
+        };
         (here, field) = (next, Some(doc));
     }
     let description = here.description();

@@ -71,6 +71,8 @@ pub struct Limits {
     pub depth: usize,
     /// Problems that one document may report before the rest are only counted.
     pub problems: usize,
+    /// And all documents together: nobody reads more, and a broken generator would fill the memory.
+    pub problems_total: usize,
 }
 
 impl Default for Limits {
@@ -85,6 +87,7 @@ impl Default for Limits {
             nodes: 100_000,
             depth: 64,
             problems: 200,
+            problems_total: 5_000,
         }
     }
 }
