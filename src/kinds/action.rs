@@ -108,6 +108,9 @@ pub struct Action {
     /// Run one after the other.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub steps: Vec<Step>,
+    /// The object is on the host and can be used as it is, whatever becomes of this action: what depends on
+    /// it need not wait for it.
+    pub usable: bool,
     /// Objects whose steps must have succeeded before ours begin.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub after: Vec<ObjectId>,
@@ -125,6 +128,7 @@ impl Action {
             notes: Vec::new(),
             blockers: Vec::new(),
             steps: Vec::new(),
+            usable: false,
             after: Vec::new(),
         }
     }

@@ -8,7 +8,7 @@ use super::action::{Action, Blocker, Impact};
 use crate::host::Step;
 use crate::host::snapshot::{Link, PortFacts, VlanFlags};
 use crate::host::step::LinkChange;
-use crate::name::{IpPrefix, LinkName, Mark, ObjectId, VlanId};
+use crate::name::{IpPrefix, LinkName, Mark, VlanId};
 
 /// Whose the link is that an object wants.
 pub(super) enum Holder<'a> {
@@ -171,17 +171,4 @@ pub(super) fn describe_vlans(vlans: &BTreeMap<VlanId, VlanFlags>) -> String {
 
 pub(super) fn set(link: &LinkName, change: LinkChange) -> Step {
     Step::SetLink { link: link.clone(), change }
-}
-
-/// The declared object, if any, whose link this is.
-pub(super) fn declared_owner(context: &Context, link: &LinkName) -> Option<ObjectId> {
-    use super::Spec;
-    context.declared.objects.iter().find_map(|(id, spec)| {
-        let owns = match spec {
-            Spec::Bridge(bridge) => bridge.link_name(&id.name).is_ok_and(|name| name == *link),
-            Spec::Vlan(vlan) => vlan.interface_name == *link,
-            _ => false,
-        };
-        owns.then(|| id.clone())
-    })
 }

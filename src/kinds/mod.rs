@@ -6,6 +6,7 @@
 
 pub mod action;
 pub mod bridge;
+mod context;
 pub mod image;
 mod links;
 pub mod storage_pool;
@@ -19,9 +20,10 @@ use std::path::PathBuf;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::host::snapshot::{Capability, Snapshot};
+use crate::host::snapshot::Capability;
 use crate::name::{Kind, ObjectId, ObjectName, SetName};
 use action::Action;
+pub use context::{Context, link_of};
 
 /// A declared object, with its defaults applied.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -146,12 +148,6 @@ impl Declared {
     lookup!(image, Image, image::Image);
     lookup!(volume, Volume, volume::Volume);
     lookup!(vm, VirtualMachine, virtual_machine::VirtualMachine);
-}
-
-/// What a kind may look at to compare a declared object with the host.
-pub struct Context<'a> {
-    pub declared: &'a Declared,
-    pub snapshot: &'a Snapshot,
 }
 
 impl Spec {

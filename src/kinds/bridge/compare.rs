@@ -28,7 +28,10 @@ pub fn compare(id: &ObjectId, want: &Bridge, context: &Context) -> Action {
     let mark = Mark::new(context.declared.set.clone(), id.clone());
     match links::holder(context, links, &name, &mark) {
         Holder::Absent => create(&mut action, &name, want, &mark),
-        Holder::Ours(have) => compare_settings(&mut action, &name, want, have),
+        Holder::Ours(have) => {
+            action.usable = matches!(have.kind, LinkKind::Bridge(_));
+            compare_settings(&mut action, &name, want, have);
+        }
         Holder::Renamed(have, old) => {
             links::remark(&mut action, &name, old, &mark);
             compare_settings(&mut action, &name, want, have);
@@ -147,7 +150,7 @@ fn compare_port(
 ) {
     let Ok(links) = &context.snapshot.links else { return };
     let field = format!("ports[{}]", port.interface);
-    let owner = links::declared_owner(context, &port.interface);
+    let owner = context.declared_owner(&port.interface);
     let mark = port_mark(&context.declared.set, id);
     let name = &port.interface;
     let have = match (links.get(name), &owner) {
@@ -198,7 +201,7 @@ fn compare_port(
         }
     }
     if let Some(owner) = owner {
-        action.after.push(owner);
+        action.after.push(owner.clone());
     }
     let master = have.and_then(|have| have.master.as_ref());
     if action.verb == Verb::Create {
@@ -223,17 +226,16 @@ fn compare_port(
 
 /// Lets go of interfaces that we took as ports and that are declared no more.
 fn release_ports(action: &mut Action, id: &ObjectId, want: &Bridge, context: &Context) {
-    let Ok(links) = &context.snapshot.links else { return };
     let mark = port_mark(&context.declared.set, id);
-    for (name, have) in links {
-        let declared = want.ports.iter().any(|port| port.interface == *name);
-        if declared || have.mark().as_ref() != Some(&mark) {
+    for (name, have, found) in context.links_of(id) {
+        let declared = want.ports.iter().any(|port| port.interface == **name);
+        if declared || *found != mark {
             continue;
         }
         action.differs("ports", Some(name.to_string()), None, Impact::Live);
         if have.master.is_some() {
             action.step(set(name, LinkChange::Master(None)));
         }
-        action.step(Step::UnmarkLink { link: name.clone(), mark: mark.clone() });
+        action.step(Step::UnmarkLink { link: (*name).clone(), mark: mark.clone() });
     }
 }

@@ -20,7 +20,10 @@ pub fn compare(id: &ObjectId, want: &Image, context: &Context) -> Action {
     let cached = directory.and_then(|directory| directory.images.get(&image.file));
     if let Some(cached) = cached {
         match &cached.mark {
-            Some(found) if *found == mark => return stale(action, id, &image.file, &mark, context).finish(),
+            Some(found) if *found == mark => {
+                action.usable = true;
+                return stale(action, id, &image.file, &mark, context).finish();
+            }
             Some(found) if found.set != mark.set => {
                 return action.blocked(Blocker::new(format!(
                     "this content is in the pool as {} of set {}",
@@ -136,12 +139,7 @@ pub(crate) fn remove_step(
     let image =
         crate::host::step::ImageFile { pool_path: pool_path.to_owned(), file: file.to_owned(), format };
     let path = image.path();
-    let needed = context.snapshot.pools.values().flatten().any(|pool| {
-        pool.directory
-            .iter()
-            .flat_map(|directory| directory.files.values())
-            .any(|volume| volume.header.backing.as_ref() == Some(&path))
-    });
+    let needed = context.is_backing_file(&path);
     // A pool that could not be looked at may hold an overlay too.
     let unseen = context.snapshot.pools.values().any(Result::is_err);
     if needed || unseen {

@@ -36,7 +36,7 @@ pub fn compare(id: &ObjectId, want: &StoragePool, context: &Context) -> Action {
             action.step(create);
         }
         Some(directory) => match &directory.mark {
-            Some(found) if *found == mark && registered == Some(&mark) => {}
+            Some(found) if *found == mark && registered == Some(&mark) => action.usable = true,
             Some(found) if found.set != mark.set => {
                 return action.blocked(Blocker::new(format!(
                     "{} belongs to {} of set {}",

@@ -46,7 +46,7 @@ pub(crate) fn parse_path(text: &str) -> Result<PathBuf, NameError> {
     if path.components().any(|part| matches!(part, Component::ParentDir)) {
         return Err(NameError(format!("`{text}` contains `..`; write the path that it leads to")));
     }
-    if path == PathBuf::from("/") {
+    if path.parent().is_none() {
         return Err(NameError("`/` can't be used here".to_owned()));
     }
     Ok(path.components().collect())

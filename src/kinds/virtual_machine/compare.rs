@@ -357,17 +357,15 @@ impl Compare<'_> {
 
     /// Taps of this VM for which `unused` holds.
     fn remove_taps(&mut self, unused: impl Fn(&LinkName) -> bool) {
-        let Ok(links) = &self.context.snapshot.links else { return };
-        for (name, link) in links {
-            let Some(mark) = link.mark() else { continue };
-            let ours = mark.set == self.mark.set && mark.owner == *self.id && link.kind == LinkKind::Tap;
-            if ours && unused(name) {
+        let context = self.context;
+        for (name, link, mark) in context.links_of(self.id) {
+            if link.kind == LinkKind::Tap && unused(name) {
                 if !self.action.changes.iter().any(|change| change.field == "status.phase")
                     && self.action.verb != Verb::Restart
                 {
                     self.action.differs("tap", Some(name.to_string()), None, Impact::Live);
                 }
-                self.action.step(Step::DeleteLink { link: name.clone(), mark });
+                self.action.step(Step::DeleteLink { link: (*name).clone(), mark: mark.clone() });
             }
         }
     }

@@ -151,10 +151,7 @@ impl VirtualMachine {
 impl Boot {
     fn decode(self, problems: &mut Problems) -> Option<InnerBoot> {
         let kernel = problems.take("/boot/kernel", parse_path(&self.kernel));
-        let initrd = match &self.initrd {
-            Some(text) => Some(problems.take("/boot/initrd", parse_path(text))),
-            None => None,
-        };
+        let initrd = self.initrd.as_ref().map(|text| problems.take("/boot/initrd", parse_path(text)));
         let cmdline = self.cmdline.unwrap_or_default();
         if cmdline.len() > 2047 || cmdline.contains('\0') {
             problems.add(SpecProblem::new(

@@ -19,11 +19,11 @@ pub fn compare(id: &ObjectId, want: &Vlan, context: &Context) -> Action {
         return action.blocked(Blocker::lacks(Capability::Vlan, how));
     }
     let parent = links.get(&want.parent);
-    let parent_owner = links::declared_owner(context, &want.parent);
+    let parent_owner = context.declared_owner(&want.parent);
     if let Err(blocker) = check_parent(want, parent, parent_owner.is_some()) {
         return action.blocked(blocker);
     }
-    action.after.extend(parent_owner);
+    action.after.extend(parent_owner.cloned());
     let bridge = match bridge_link(want, context) {
         Ok(bridge) => bridge,
         Err(blocker) => return action.blocked(blocker),
@@ -35,7 +35,10 @@ pub fn compare(id: &ObjectId, want: &Vlan, context: &Context) -> Action {
             action.verb(Verb::Create, format!("{name} is not there"));
             create(&mut action, want, &mark, bridge);
         }
-        Holder::Ours(have) => compare_fields(&mut action, want, have, parent, bridge.as_ref(), &mark),
+        Holder::Ours(have) => {
+            action.usable = true;
+            compare_fields(&mut action, want, have, parent, bridge.as_ref(), &mark);
+        }
         Holder::Renamed(have, old) => {
             links::remark(&mut action, name, old, &mark);
             compare_fields(&mut action, want, have, parent, bridge.as_ref(), &mark);

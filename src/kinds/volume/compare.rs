@@ -10,7 +10,7 @@ use crate::kinds::Context;
 use crate::kinds::action::{Action, Blocker, Impact, Verb};
 use crate::kinds::image::compare::describe;
 use crate::kinds::storage_pool::compare::resolve;
-use crate::name::{ByteSize, Mark, ObjectId, ObjectName};
+use crate::name::{ByteSize, Mark, ObjectId};
 use crate::vmm::config::DiskFormat;
 
 pub fn compare(id: &ObjectId, want: &Volume, context: &Context) -> Action {
@@ -21,7 +21,7 @@ pub fn compare(id: &ObjectId, want: &Volume, context: &Context) -> Action {
     };
     let mark = Mark::new(context.declared.set.clone(), id.clone());
     let file = want.file(&id.name);
-    if let Some(elsewhere) = in_another_pool(&want.pool, &mark, context) {
+    if let Some(elsewhere) = context.other_pool_of(id, &want.pool) {
         return action.blocked(
             Blocker::new(format!(
                 "its data is in pool {elsewhere}; vmctl doesn't move volumes between pools yet"
@@ -45,15 +45,6 @@ fn summary(want: &Volume) -> String {
     format!("{} {} in pool {}, {content}", describe(want.format), want.capacity, want.pool)
 }
 
-/// A volume of ours that lies in a pool other than the declared one.
-fn in_another_pool<'a>(pool: &ObjectName, mark: &Mark, context: &Context<'a>) -> Option<&'a ObjectName> {
-    context.snapshot.pools.iter().find_map(|(name, have)| {
-        let directory = have.as_ref().ok()?.directory.as_ref()?;
-        let holds = directory.files.values().any(|file| file.mark.as_ref() == Some(mark));
-        (name != pool && holds).then_some(name)
-    })
-}
-
 #[allow(clippy::too_many_arguments)] // Each is a fact of its own; a struct for one call would only rename them.
 fn absent(
     action: &mut Action,
@@ -66,7 +57,7 @@ fn absent(
     context: &Context,
 ) {
     let path = want.path(&id.name, pool_path);
-    if let Some(vm) = running_user(&path, context) {
+    if let Some((vm, _, _)) = context.running_disk(&path) {
         action.block(
             Blocker::new(format!(
                 "{} is gone, but VirtualMachine/{vm} still runs on the deleted file",
@@ -176,15 +167,18 @@ fn compare_file(
     }
     let capacity_bytes = capacity_bytes(want.format, have);
     if have.mark.is_none() {
-        if capacity_bytes == want.capacity.0 {
-            let retained = if have.retained.is_some() { "was retained and" } else { "exists and" };
-            action.verb(Verb::Adopt, format!("{} {retained} already is what is declared", path.display()));
+        // What was ours before may be grown on its return; what never was is taken as it is or not at all.
+        let returns = have.retained.as_ref() == Some(mark);
+        if capacity_bytes == want.capacity.0 || (returns && capacity_bytes < want.capacity.0) {
+            let retained = if returns { "was retained" } else { "exists and already is what is declared" };
+            action.verb(Verb::Adopt, format!("{} {retained}", path.display()));
             action.step(Step::AdoptVolume {
                 pool_path: pool_path.to_owned(),
                 file: file.to_owned(),
                 mark: mark.clone(),
                 reclaim_delete: want.reclaim_delete,
             });
+            compare_capacity(action, id, want, file, pool_path, capacity_bytes, mark, context);
         } else {
             action.block(
                 Blocker::new(format!(
@@ -198,6 +192,7 @@ fn compare_file(
         }
         return;
     }
+    action.usable = true;
     compare_capacity(action, id, want, file, pool_path, capacity_bytes, mark, context);
     if have.reclaim_delete != want.reclaim_delete {
         let text = |delete: bool| Some(if delete { "Delete" } else { "Retain" }.to_owned());
@@ -241,7 +236,7 @@ fn compare_capacity(
     }
     action.differs("capacity", from, to, Impact::Live);
     let path = want.path(&id.name, pool_path);
-    let step = match running_disk(&path, context) {
+    let step = match context.running_disk(&path) {
         Some((vm, vm_mark, disk)) => {
             Step::ResizeDisk { vm: vm.clone(), mark: vm_mark, disk, capacity_bytes: want.capacity.0 }
         }
@@ -279,18 +274,4 @@ fn check_format(format: DiskFormat, have: &PoolFile) -> Result<(), String> {
         Some(why) => Err(format!("the image can't be used: {why}")),
         None => Ok(()),
     }
-}
-
-/// The VM that runs with this file as a disk.
-fn running_disk(path: &Path, context: &Context) -> Option<(ObjectName, Mark, String)> {
-    let path = path.to_str()?;
-    context.snapshot.vms.iter().flatten().find_map(|(name, vm)| {
-        let process = vm.process.as_ref()?.as_ref().ok()?;
-        let disk = process.config.disks.iter().find(|disk| disk.path == path)?;
-        Some((name.clone(), process.config.mark.parse().ok()?, disk.name.clone()))
-    })
-}
-
-fn running_user(path: &Path, context: &Context) -> Option<ObjectName> {
-    running_disk(path, context).map(|(vm, _, _)| vm)
 }
