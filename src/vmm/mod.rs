@@ -4,10 +4,19 @@
 //! [`config`], [`protocol`] and [`client`]: what a VM is, how one talks to the process that runs it,
 //! and how one starts such a process.
 
+pub mod acpi;
+pub mod boot;
 pub mod bus;
 pub mod client;
 pub mod config;
+pub mod console;
+mod cpu;
+pub mod gate;
+pub mod layout;
 pub mod memory;
 pub mod packet;
+pub mod power;
 pub mod protocol;
+pub mod serial;
 pub mod transport;
+pub mod vcpu;
