@@ -7,6 +7,7 @@
 pub mod bus;
 pub mod client;
 pub mod config;
+pub mod device;
 pub mod memory;
 pub mod packet;
 pub mod protocol;
