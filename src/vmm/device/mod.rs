@@ -10,6 +10,8 @@
 //! is answered with an error or completed with nothing written; a ring that makes no sense sets
 //! DEVICE_NEEDS_RESET. Neither harms more than the guest's own device.
 
+pub mod block;
+mod buffers;
 pub mod entropy;
 mod queue;
 pub mod worker;
@@ -23,13 +25,3 @@ fn read_config_space(space: &[u8], offset: u64, data: &mut [u8]) {
     let len = from.len().min(data.len());
     data[..len].copy_from_slice(&from[..len]);
 }
-
-// The constructors that the machine will find here:
-//
-//   entropy::Entropy::new(&ThreadStart) -> io::Result<Entropy>
-//   block::Block::new(&DiskConfig, file: OwnedFd, backing: Vec<OwnedFd>, &ThreadStart) -> Result<Block, BlockError>
-//     Block::handle(&self) -> BlockHandle: Clone + Send + Sync
-//     BlockHandle::{resize(capacity_bytes) -> Result<(), BlockError>, capacity_bytes() -> u64, flush() -> Result<(), BlockError>}
-//   net::Net::new(&NicConfig, tap: OwnedFd, &ThreadStart) -> Result<Net, NetError>
-//     Net::handle(&self) -> NetHandle: Clone + Send + Sync
-//     NetHandle::replace_tap(tap: OwnedFd) -> Result<(), NetError>
