@@ -15,8 +15,9 @@ use crate::vmm::memory::GuestMemory;
 
 /// Most descriptors of a chain, those of an indirect table included.
 pub(super) const SEGMENTS_MAX: usize = 256;
-/// Most I/O vectors of one system call.
-const IOVECS_MAX: usize = 128;
+/// Most I/O vectors of one system call: a descriptor makes two only where it crosses a hole in the
+/// guest's address space.
+const IOVECS_MAX: usize = SEGMENTS_MAX + 8;
 
 /// The chain makes no sense: too long, or readable buffers after writable ones.
 #[derive(Debug)]
@@ -211,6 +212,10 @@ impl Default for IoVectors<'_> {
 }
 
 impl IoVectors<'_> {
+    pub fn len_bytes(&self) -> u64 {
+        self.vectors[..self.count].iter().map(|vector| vector.iov_len as u64).sum()
+    }
+
     fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
         loop {
             if let Ok(len) = usize::try_from(call()) {
@@ -239,11 +244,6 @@ impl IoVectors<'_> {
     pub fn writev(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
         // SAFETY: as for `preadv`.
         Self::retry(|| unsafe { libc::writev(fd.as_raw_fd(), self.vectors.as_ptr(), self.count as i32) })
-    }
-
-    pub fn readv(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
-        // SAFETY: as for `preadv`.
-        Self::retry(|| unsafe { libc::readv(fd.as_raw_fd(), self.vectors.as_ptr(), self.count as i32) })
     }
 }
 

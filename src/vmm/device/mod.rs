@@ -13,7 +13,10 @@
 pub mod block;
 mod buffers;
 pub mod entropy;
+pub mod net;
 mod queue;
+#[cfg(test)]
+pub(super) mod testing;
 pub mod worker;
 
 pub use worker::{ThreadRole, ThreadStart};

@@ -55,6 +55,10 @@ impl VirtQueue {
         }
     }
 
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
     pub fn kick_fd(&self) -> BorrowedFd<'_> {
         event_fd(&self.kick)
     }

@@ -14,6 +14,8 @@ mod image;
 mod qcow2;
 mod request;
 mod service;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::os::fd::OwnedFd;
