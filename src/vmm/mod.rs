@@ -13,6 +13,7 @@ pub mod console;
 pub mod control;
 mod cpu;
 pub mod device;
+mod exit;
 pub mod gate;
 pub mod launch;
 pub mod layout;

@@ -23,6 +23,9 @@ use super::power::{self, PowerRequest};
 /// Deep enough for the devices' register handlers in debug builds; only touched pages count.
 const STACK_BYTES: usize = 256 * 1024;
 
+/// No instruction makes more accesses: the longest, `rep outs`, stops at a page of data.
+const UNFINISHED_ACCESSES_MAX: usize = 4096;
+
 /// What a vCPU tells the event loop. It has parked itself.
 #[derive(Debug, PartialEq, Eq)]
 pub enum VcpuEvent {
@@ -65,6 +68,8 @@ pub struct Vcpu {
     fd: VcpuFd,
     index: u8,
     initial: InitialState,
+    /// Whether the guest ran since the last reset.
+    has_run: bool,
     shared: Shared,
 }
 
@@ -80,11 +85,11 @@ impl Vcpu {
         fd.set_cpuid2(cpuid).map_err(cpu::failed("set CPUID"))?;
         cpu::state::prepare(&fd)?;
         let initial = InitialState::save(&fd, msr_indices, index == 0)?;
-        Ok(Self { fd, index, initial, shared })
+        Ok(Self { fd, index, initial, has_run: false, shared })
     }
 
-    /// Starts the thread. `start` is called on it before anything else; its error is reported as
-    /// [`VcpuEvent::Failed`].
+    /// Starts the thread and waits until `start` has returned on it, before anything else; its error
+    /// is the result.
     pub fn spawn(
         mut self,
         start: impl FnOnce() -> io::Result<()> + Send + 'static,
@@ -93,6 +98,7 @@ impl Vcpu {
         // SAFETY: `run` points to the page that KVM shares with us, mapped as long as the VcpuFd lives.
         let immediate_exit = unsafe { &raw mut (*run).immediate_exit };
         let tid = Arc::new(AtomicI32::new(0));
+        let (report, started) = mpsc::sync_channel(1);
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{}", self.index))
             .stack_size(STACK_BYTES)
@@ -101,15 +107,18 @@ impl Vcpu {
                 move || {
                     // SAFETY: gettid has no preconditions.
                     tid.store(unsafe { libc::gettid() }, Ordering::Release);
-                    if let Err(error) = start() {
-                        let message = format!("prepare the thread of vCPU {}: {error}", self.index);
-                        self.shared.events.send(VcpuEvent::Failed(message));
-                        return self;
+                    let result = start();
+                    let ready = result.is_ok();
+                    // The spawner waits for it.
+                    let _ = report.send(result);
+                    drop(report);
+                    if ready {
+                        self.follow_orders();
                     }
-                    self.follow_orders();
                     self
                 }
             })?;
+        started.recv().map_err(|_| io::Error::other("the thread ended at its start"))??;
         Ok(VcpuHandle { thread, tid, immediate_exit })
     }
 
@@ -153,6 +162,9 @@ impl Vcpu {
     }
 
     fn reset(&mut self, entry: super::boot::Entry) -> Result<(), CpuError> {
+        if std::mem::take(&mut self.has_run) {
+            self.finish_access();
+        }
         self.initial.restore(&self.fd)?;
         if self.index == 0 {
             cpu::entry::apply(&self.fd, entry)?;
@@ -160,8 +172,22 @@ impl Vcpu {
         Ok(())
     }
 
+    /// The instruction of the last exit is finished by KVM at the next entry: it must be before the
+    /// registers are set, or it would be finished with the new ones.
+    fn finish_access(&mut self) {
+        self.fd.set_kvm_immediate_exit(1);
+        for _ in 0..UNFINISHED_ACCESSES_MAX {
+            // An instruction that has several accesses exits for the next one; its data don't matter.
+            if self.fd.run().is_err() {
+                break;
+            }
+        }
+        self.fd.set_kvm_immediate_exit(0);
+    }
+
     /// Runs the guest until an order may have come, or it can't go on.
     fn run_guest(&mut self) -> Next {
+        self.has_run = true;
         let run: *mut kvm_run = self.fd.get_kvm_run();
         loop {
             let event = match self.fd.run() {
