@@ -250,3 +250,20 @@ impl Session {
         self.console.write(text.as_bytes()).unwrap();
     }
 }
+
+/// Opens an existing tap as the host layer does: with a vnet header, without packet information.
+pub fn open_tap(name: &str) -> File {
+    use std::os::fd::AsRawFd as _;
+    const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+    let tap = File::options().read(true).write(true).open("/dev/net/tun").expect("/dev/net/tun");
+    // SAFETY: an all-zero ifreq is a valid one.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes().take(15)) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+    // SAFETY: TUNSETIFF reads one ifreq from where we point.
+    let done = unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETIFF, &raw const request) };
+    assert_eq!(done, 0, "open tap {name}: {}", std::io::Error::last_os_error());
+    tap
+}
