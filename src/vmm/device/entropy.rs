@@ -1,7 +1,6 @@
 //! virtio-rng: random bytes of the host's kernel.
 //!
-//! For the machine: [`Entropy::new`]. The thread is named `entropy` ([`ThreadRole::Entropy`]); beyond
-//! what [`super::worker`] lists it needs `getrandom`.
+//! For the machine: [`Entropy::new`]. The thread is named `entropy` ([`ThreadRole::Entropy`]).
 
 use std::io;
 

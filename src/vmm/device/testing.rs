@@ -1,12 +1,17 @@
 //! A driver for tests: sets a device up through its registers and drives its rings by hand, as
 //! carefully or as wrongly as a test wants.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    TargetArch,
+};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::worker::ThreadStart;
@@ -28,8 +33,24 @@ pub const LOW_BYTES: u64 = 64 << 20;
 pub const HIGH_START: u64 = 4 << 30;
 pub const HIGH_BYTES: u64 = 1 << 20;
 
-pub fn no_hook() -> ThreadStart {
-    Arc::new(|_| Ok(()))
+/// The hook of a sandbox: allows exactly what the role says that it needs. Anything else kills the
+/// test process.
+pub fn sandbox_hook() -> ThreadStart {
+    Arc::new(|role| {
+        let requests = role.ioctls().iter().map(|request| {
+            let is_request =
+                SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, *request).unwrap();
+            SeccompRule::new(vec![is_request]).unwrap()
+        });
+        let mut rules: BTreeMap<_, _> = role.system_calls().map(|call| (call, Vec::new())).collect();
+        if let Some(ioctl) = rules.get_mut(&libc::SYS_ioctl) {
+            ioctl.extend(requests);
+        }
+        let (kill, allow) = (SeccompAction::KillProcess, SeccompAction::Allow);
+        let filter = SeccompFilter::new(rules, kill, allow, TargetArch::x86_64).unwrap();
+        seccompiler::apply_filter(&BpfProgram::try_from(filter).unwrap()).unwrap();
+        Ok(())
+    })
 }
 
 pub fn memory() -> GuestMemory {

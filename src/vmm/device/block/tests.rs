@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::vmm::config::BackingConfig;
 use crate::vmm::device::testing::{
-    Driver, EVENT_IDX, HIGH_START, INDIRECT, LOW_BYTES, NEXT, WRITE, no_hook, tool,
+    Driver, EVENT_IDX, HIGH_START, INDIRECT, LOW_BYTES, NEXT, WRITE, sandbox_hook, tool,
 };
 
 const HEADER: u64 = 0x10_0000;
@@ -75,7 +75,7 @@ fn open_ro(path: &str) -> OwnedFd {
 }
 
 fn block(path: &str, format: DiskFormat) -> Block {
-    Block::new(&config(path, format), open_rw(path), Vec::new(), &no_hook()).unwrap()
+    Block::new(&config(path, format), open_rw(path), Vec::new(), &sandbox_hook()).unwrap()
 }
 
 fn overlay(path: &str, backing: &[(&str, DiskFormat)]) -> Result<Block, BlockError> {
@@ -85,7 +85,7 @@ fn overlay(path: &str, backing: &[(&str, DiskFormat)]) -> Result<Block, BlockErr
         .map(|(path, format)| BackingConfig { path: path.to_string(), format: *format })
         .collect();
     let fds = backing.iter().map(|(path, _)| open_ro(path)).collect();
-    Block::new(&config, open_rw(path), fds, &no_hook())
+    Block::new(&config, open_rw(path), fds, &sandbox_hook())
 }
 
 fn started(block: Block) -> Driver {
@@ -244,7 +244,7 @@ fn a_read_only_disk_is_never_written() {
     let path = scratch.raw("disk", MIB);
     let mut config = config(&path, DiskFormat::Raw);
     config.read_only = true;
-    let block = Block::new(&config, open_ro(&path), Vec::new(), &no_hook()).unwrap();
+    let block = Block::new(&config, open_ro(&path), Vec::new(), &sandbox_hook()).unwrap();
     let handle = block.handle();
     let mut driver = Driver::new(block);
     let offered = driver.offered();
@@ -442,7 +442,7 @@ fn refusal(result: Result<Block, BlockError>) -> String {
 }
 
 fn opened(path: &str) -> Result<Block, BlockError> {
-    Block::new(&config(path, DiskFormat::Qcow2), open_rw(path), Vec::new(), &no_hook())
+    Block::new(&config(path, DiskFormat::Qcow2), open_rw(path), Vec::new(), &sandbox_hook())
 }
 
 #[test]
@@ -466,7 +466,7 @@ fn dangerous_images_are_refused_by_name() {
     std::fs::write(&path, b"").unwrap();
     assert!(refusal(opened(&path)).contains("not a qcow2"));
     let pipe = rustix::pipe::pipe().unwrap().0;
-    let result = Block::new(&config(&path, DiskFormat::Raw), pipe, Vec::new(), &no_hook());
+    let result = Block::new(&config(&path, DiskFormat::Raw), pipe, Vec::new(), &sandbox_hook());
     assert!(refusal(result).contains("neither a file nor a block device"));
 }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 
 use super::*;
-use crate::vmm::device::testing::{Driver, EVENT_IDX, NEXT, QUEUE_SIZE, WRITE, no_hook, tool};
+use crate::vmm::device::testing::{Driver, EVENT_IDX, NEXT, QUEUE_SIZE, WRITE, sandbox_hook, tool};
 
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
@@ -136,7 +136,7 @@ impl Driver {
 }
 
 fn net(name: &str) -> Net {
-    Net::new(&config(name), tap(name), &no_hook()).unwrap()
+    Net::new(&config(name), tap(name), &sandbox_hook()).unwrap()
 }
 
 #[test]
@@ -278,7 +278,7 @@ fn a_deleted_tap_is_a_pulled_cable_until_another_comes() {
     own_network();
     let mut config = config("tap0");
     config.name = "spin".into();
-    let net = Net::new(&config, tap("tap0"), &no_hook()).unwrap();
+    let net = Net::new(&config, tap("tap0"), &sandbox_hook()).unwrap();
     let handle = net.handle();
     let mut driver = Driver::new(net);
     driver.start(EVENT_IDX | MRG_RXBUF | OFFLOADS | STATUS);
