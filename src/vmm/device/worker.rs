@@ -66,6 +66,17 @@ const COMMON_SYSTEM_CALLS: &[libc::c_long] = &[
     libc::SYS_write,
 ];
 
+/// To be called once, before the process makes threads. Otherwise glibc's allocator counts the CPUs
+/// when the ninth thread allocates, by opening a file below `/sys`, which no filter of ours allows;
+/// and every thread would keep a heap of its own.
+pub fn share_one_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: sets a number in the allocator. It can't fail with a valid parameter.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
 impl ThreadRole {
     /// Every system call that a thread of this role makes after its hook; `ioctl` only with the
     /// requests of [`Self::ioctls`].

@@ -321,7 +321,7 @@ fn sensible(step: u8) -> (u64, u32) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// The recorder asserts that no invalid queue, no foreign feature and no second activation
     /// reaches a device, whatever the guest writes.

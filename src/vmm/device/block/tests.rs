@@ -34,7 +34,11 @@ struct Scratch(PathBuf);
 
 impl Scratch {
     fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("vmctl-block-{}-{name}", std::process::id()));
+        Self::below(std::env::temp_dir(), name)
+    }
+
+    fn below(directory: PathBuf, name: &str) -> Self {
+        let path = directory.join(format!("vmctl-block-{}-{name}", std::process::id()));
         std::fs::create_dir_all(&path).unwrap();
         Self(path)
     }
@@ -284,6 +288,17 @@ fn check_zeroing(path: &str, format: DiskFormat) {
 fn raw_discards_and_writes_zeroes() {
     let scratch = Scratch::new("zero-raw");
     check_zeroing(&scratch.raw("disk", 4 * MIB), DiskFormat::Raw);
+}
+
+/// tmpfs punches holes but can't make zeroes in place: they are written.
+#[test]
+fn zeroes_are_written_where_the_file_system_has_none() {
+    let scratch = Scratch::below("/dev/shm".into(), "zero-tmpfs");
+    check_zeroing(&scratch.raw("disk", 4 * MIB), DiskFormat::Raw);
+    let path = scratch.path("qcow2");
+    tool("qemu-img", &["create", "-q", "-f", "qcow2", &path, "4M"]).unwrap();
+    check_zeroing(&path, DiskFormat::Qcow2);
+    tool("qemu-img", &["check", "-q", &path]).unwrap();
 }
 
 #[test]
@@ -636,6 +651,104 @@ fn interrupts_come_in_batches_and_only_when_wanted() {
     assert_eq!(driver.interrupts, interrupts);
 }
 
+/// A step of a disk's life.
+#[derive(Clone, Debug)]
+enum Step {
+    Write { sector: u64, sectors: u32, seed: u8 },
+    Zero { sector: u64, sectors: u32, unmap: bool },
+    Discard { sector: u64, sectors: u32 },
+    Grow { sectors: u64 },
+    Reopen,
+}
+
+const MODEL_SECTORS: u64 = 3000;
+
+fn step() -> impl Strategy<Value = Step> {
+    let range = || (0u64..MODEL_SECTORS, prop_oneof![1u32..20, 1u32..600]);
+    prop_oneof![
+        6 => (range(), any::<u8>()).prop_map(|((sector, sectors), seed)| Step::Write { sector, sectors, seed }),
+        2 => (range(), any::<bool>()).prop_map(|((sector, sectors), unmap)| Step::Zero { sector, sectors, unmap }),
+        2 => range().prop_map(|(sector, sectors)| Step::Discard { sector, sectors }),
+        1 => (0u64..500).prop_map(|sectors| Step::Grow { sectors }),
+        1 => Just(Step::Reopen),
+    ]
+}
+
+/// Does the steps on an overlay and on bytes in memory; whatever is read must be the same, and QEMU
+/// must find the image in order.
+fn check_model(scratch: &Scratch, cluster: &str, steps: &[Step]) -> Result<(), TestCaseError> {
+    let (base, top) = (scratch.path("base"), scratch.path("top"));
+    // The backing file is longer than the overlay at first: what growing must never show.
+    let below = pattern(2000 * 512, 77);
+    std::fs::write(&base, &below).unwrap();
+    let options = format!("cluster_size={cluster}");
+    let arguments = ["create", "-q", "-f", "qcow2", "-o", &options, "-b", &base, "-F", "raw", &top, "750k"];
+    tool("qemu-img", &arguments).unwrap();
+    let mut model = below[..1500 * 512].to_vec();
+    let open = || {
+        let block = overlay(&top, &[(&base, DiskFormat::Raw)]).unwrap();
+        let handle = block.handle();
+        (started(block), handle)
+    };
+    let (mut driver, mut handle) = open();
+    for step in steps {
+        let fits = |sector: u64, sectors: u32| (sector + u64::from(sectors)) * 512 <= model.len() as u64;
+        let status = |fits| if fits { OK } else { IOERR };
+        match *step {
+            Step::Write { sector, sectors, seed } => {
+                let data = pattern(sectors as usize * 512, seed);
+                prop_assert_eq!(driver.write_disk(sector, &data), status(fits(sector, sectors)));
+                if fits(sector, sectors) {
+                    model[sector as usize * 512..][..data.len()].copy_from_slice(&data);
+                }
+            }
+            Step::Zero { sector, sectors, unmap } => {
+                let done = driver.zero(WRITE_ZEROES, sector, sectors, u32::from(unmap));
+                prop_assert_eq!(done, status(fits(sector, sectors)));
+                if fits(sector, sectors) {
+                    model[sector as usize * 512..][..sectors as usize * 512].fill(0);
+                }
+            }
+            Step::Discard { sector, sectors } => {
+                let done = driver.zero(DISCARD, sector, sectors, 0);
+                prop_assert_eq!(done, status(fits(sector, sectors)));
+                if fits(sector, sectors) {
+                    // Anything may be there now, so ask; but not what was never there.
+                    let now = driver.read_disk(sector, sectors as usize * 512);
+                    let then = &mut model[sector as usize * 512..][..now.len()];
+                    prop_assert!(now.iter().zip(&*then).all(|(now, then)| *now == 0 || now == then));
+                    then.copy_from_slice(&now);
+                }
+            }
+            Step::Grow { sectors } => {
+                let bytes = model.len() as u64 + sectors * 512;
+                if bytes <= MODEL_SECTORS * 512 {
+                    handle.resize(bytes).unwrap();
+                    model.resize(bytes as usize, 0);
+                }
+            }
+            Step::Reopen => {
+                drop((driver, handle));
+                (driver, handle) = open();
+            }
+        }
+    }
+    for (at, expected) in model.chunks(256 * 512).enumerate() {
+        prop_assert!(
+            driver.read_disk(at as u64 * 256, expected.len()) == expected,
+            "differs in piece {}",
+            at
+        );
+    }
+    drop((driver, handle));
+    tool("qemu-img", &["check", "-q", &top]).unwrap();
+    let raw = scratch.path("model");
+    std::fs::write(&raw, &model).unwrap();
+    tool("qemu-img", &["compare", "-q", "-f", "raw", "-F", "qcow2", &raw, &top]).unwrap();
+    prop_assert_eq!(std::fs::read(&base).unwrap(), below);
+    Ok(())
+}
+
 fn hostile_descriptor() -> impl Strategy<Value = (u64, u32, u16, u16)> {
     let address = prop_oneof![
         4 => (0u64..64).prop_map(|at| HEADER + at * 8),
@@ -650,7 +763,20 @@ fn hostile_descriptor() -> impl Strategy<Value = (u64, u32, u16, u16)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, max_shrink_iters: 200, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 40, max_shrink_iters: 50, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn an_overlay_keeps_what_it_is_given(
+        steps in prop::collection::vec(step(), 1..60),
+        cluster in prop::sample::select(vec!["512", "4k", "64k", "2M"]),
+    ) {
+        let scratch = Scratch::new("model");
+        check_model(&scratch, cluster, &steps)?;
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, max_shrink_iters: 50, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn hostile_chains_never_panic(
