@@ -21,7 +21,6 @@ use crate::vmm::transport::VirtioDevice;
 use crate::vmm::transport::mmio::MmioTransport;
 
 pub const EVENT_IDX: u64 = 1 << 29;
-pub const INDIRECT: u64 = 1 << 28;
 pub const VERSION_1: u64 = 1 << 32;
 pub const QUEUE_SIZE: u16 = 256;
 pub const WRITE: u16 = 2;

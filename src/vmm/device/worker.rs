@@ -102,6 +102,7 @@ impl ThreadRole {
 pub type ThreadStart = Arc<dyn Fn(ThreadRole) -> io::Result<()> + Send + Sync>;
 
 const STACK_BYTES: usize = 256 * 1024;
+const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Most descriptors that a service can wait on beside its mailbox.
 pub(super) const SOURCES_MAX: usize = 3;
 
@@ -152,11 +153,26 @@ impl<C> Mailbox<C> {
         self.wake.write(1)
     }
 
-    /// Sends the command that `make` builds around a reply channel and waits for the reply.
+    /// Sends the command that `make` builds around a reply channel and waits for the reply, as long
+    /// as it takes.
     pub fn call<R>(&self, make: impl FnOnce(mpsc::SyncSender<R>) -> C) -> io::Result<R> {
         let (reply, answer) = mpsc::sync_channel(1);
         self.send(Message::Command(make(reply)))?;
         answer.recv().map_err(|_| ended())
+    }
+
+    /// As [`Self::call`], but gives up waiting after [`REPLY_TIMEOUT`]: the caller must stay
+    /// responsive when a disk hangs. The command is carried out all the same, as soon as it can.
+    pub fn call_briefly<R>(&self, make: impl FnOnce(mpsc::SyncSender<R>) -> C) -> io::Result<R> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.send(Message::Command(make(reply)))?;
+        answer.recv_timeout(REPLY_TIMEOUT).map_err(|error| match error {
+            mpsc::RecvTimeoutError::Disconnected => ended(),
+            mpsc::RecvTimeoutError::Timeout => {
+                let text = format!("still waiting for the device after {} s", REPLY_TIMEOUT.as_secs());
+                io::Error::new(io::ErrorKind::TimedOut, text)
+            }
+        })
     }
 }
 

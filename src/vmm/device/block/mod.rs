@@ -199,7 +199,7 @@ impl BlockHandle {
             return Err(BlockError::Odd { disk, wanted_bytes: capacity_bytes });
         }
         self.mailbox
-            .call(|reply| Command::Grow { capacity_bytes, reply })
+            .call_briefly(|reply| Command::Grow { capacity_bytes, reply })
             .and_then(|result| result)
             .map_err(|source| BlockError::Grow { disk, source })
     }

@@ -129,7 +129,7 @@ impl NetHandle {
     /// From now on the NIC uses this tap; the old one is closed. On an error the old one stays.
     pub fn replace_tap(&self, tap: OwnedFd) -> Result<(), NetError> {
         self.mailbox
-            .call(|reply| Command::ReplaceTap { tap, reply })
+            .call_briefly(|reply| Command::ReplaceTap { tap, reply })
             .and_then(|result| result)
             .map_err(|source| NetError::Tap { nic: self.nic.to_string(), source })
     }
