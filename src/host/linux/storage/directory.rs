@@ -13,6 +13,7 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
@@ -25,6 +26,8 @@ use crate::name::Mark;
 pub const PRIVATE: &str = ".vmctl";
 /// Leaves room for what temporary files and the trash add.
 const FILE_NAME_BYTES_MAX: usize = 200;
+const LOCK_PATIENCE: Duration = Duration::from_millis(50);
+const LOCK_RETRY: Duration = Duration::from_millis(2);
 /// Pools can be entered by those who know a name in them and are listed by root alone.
 const POOL_MODE: Mode = Mode::from_raw_mode(0o711);
 const PRIVATE_MODE: Mode = Mode::from_raw_mode(0o700);
@@ -189,7 +192,7 @@ impl PoolDirectory {
     pub fn lock(&self) -> Result<PoolLock<'_>, Errno> {
         let file = self.open_lock()?;
         lock::lock(&file, Lock::Exclusive)?;
-        Ok(PoolLock { pool: self, _file: file })
+        Ok(PoolLock { pool: self, file })
     }
 
     fn open_lock(&self) -> Result<OwnedFd, Errno> {
@@ -205,14 +208,16 @@ impl PoolDirectory {
         if names.is_empty() {
             return Ok(());
         }
-        let pool_lock = self.open_lock()?;
-        if !lock::try_lock(&pool_lock, Lock::Exclusive)? {
+        let file = self.open_lock()?;
+        if !lock::try_lock(&file, Lock::Exclusive)? {
             return Ok(());
         }
+        let _lock = PoolLock { pool: self, file };
         for name in names {
             let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
             match rustix::fs::openat(&temporaries, &name, flags, Mode::empty()) {
                 Ok(file) if lock::try_lock(&file, Lock::Exclusive)? => {
+                    // Nobody's: its maker is dead.
                     match rustix::fs::unlinkat(&temporaries, &name, AtFlags::empty()) {
                         Ok(()) | Err(Errno::NOENT) => {}
                         Err(errno) => return Err(errno),
@@ -363,7 +368,13 @@ fn make_all(path: &Path) -> Result<OwnedFd, Errno> {
 /// Held while names and sidecars of a pool change.
 pub struct PoolLock<'p> {
     pool: &'p PoolDirectory,
-    _file: OwnedFd,
+    file: OwnedFd,
+}
+
+impl Drop for PoolLock<'_> {
+    fn drop(&mut self) {
+        lock::unlock(&self.file);
+    }
 }
 
 impl PoolLock<'_> {
@@ -435,6 +446,7 @@ impl Drop for Temporary<'_> {
             // What can't be removed now is unlocked by our end and removed by a later run.
             let _ = rustix::fs::unlinkat(&self.directory, &self.name, AtFlags::empty());
         }
+        lock::unlock(&self.file);
     }
 }
 
@@ -466,6 +478,12 @@ pub struct Entry<'p> {
     directory: OwnedFd,
     pub file: File,
     pub marks: Marks,
+}
+
+impl Drop for Entry<'_> {
+    fn drop(&mut self) {
+        lock::unlock(&self.file);
+    }
 }
 
 impl Entry<'_> {
@@ -570,8 +588,21 @@ impl Entry<'_> {
 }
 
 /// Takes a disk's lock or says who has it.
+///
+/// Waits for a moment: a process that was just killed, or one that is between fork and exec, still
+/// has its descriptors.
 pub fn take_lock(file: &File, kind: Lock, what: &str) -> Result<(), StepError> {
-    match lock::try_lock(file, kind) {
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match lock::try_lock(file, kind) {
+            Ok(false) if Instant::now() < deadline => std::thread::sleep(LOCK_RETRY),
+            result => return take_lock_result(file, result, what),
+        }
+    }
+}
+
+fn take_lock_result(file: &File, result: Result<bool, Errno>, what: &str) -> Result<(), StepError> {
+    match result {
         Ok(true) => Ok(()),
         Ok(false) => Err(StepError::Failed {
             what: what.to_owned(),

@@ -63,6 +63,15 @@ pub fn lock(fd: impl AsFd, lock: Lock) -> Result<(), Errno> {
     fcntl(fd.as_fd(), libc::F_OFD_SETLKW, &mut lock.record())
 }
 
+/// Gives the lock back. Closing the descriptor isn't enough where other threads start processes: a
+/// child holds a copy of every descriptor between its fork and its exec.
+pub fn unlock(fd: impl AsFd) {
+    let mut record = Lock::Shared.record();
+    record.l_type = libc::F_UNLCK as libc::c_short;
+    // It can only fail for a bad descriptor or for want of memory; then closing must do.
+    let _ = fcntl(fd.as_fd(), libc::F_OFD_SETLK, &mut record);
+}
+
 /// Who is in the way of an exclusive lock on this file, as far as it can be found out: the kernel
 /// names the process of a classic lock only, so for an OFD lock the descriptors of all processes
 /// are searched.

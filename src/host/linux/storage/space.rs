@@ -13,9 +13,12 @@ pub struct Space {
 
 impl Space {
     pub fn for_writing(pool: &PoolDirectory, needed_bytes: u64) -> Self {
-        // Without an answer there is no early refusal; the write itself will tell.
-        let free_bytes = rustix::fs::fstatvfs(&pool.root)
-            .map_or(u64::MAX, |space| space.f_bavail.saturating_mul(space.f_frsize));
+        // Without an answer (or on a file system that counts no blocks) there is no early refusal;
+        // the write itself will tell.
+        let free_bytes = match rustix::fs::fstatvfs(&pool.root) {
+            Ok(space) if space.f_blocks != 0 => space.f_bavail.saturating_mul(space.f_frsize),
+            _ => u64::MAX,
+        };
         Self { needed_bytes, free_bytes }
     }
 
