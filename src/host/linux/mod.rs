@@ -1,0 +1,3 @@
+//! The real host: the kernel, the disks and the VM processes.
+
+pub mod storage;
