@@ -1,5 +1,6 @@
 //! The Linux host's links against the real kernel, each test in a network namespace of its own.
 
+#[path = "support/host.rs"]
 mod support;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,122 +1,269 @@
-//! What tests of the Linux host share: a network of one's own, and links to be made in it.
+//! Starts VM processes as the host layer does, for tests and the boot example.
+#![allow(dead_code, reason = "each test binary uses its own part of this")]
 
-#![allow(dead_code)] // Each test binary uses a part.
+pub mod guest;
 
-pub mod lab;
+use std::fs::File;
+use std::io::{Read as _, Seek as _};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
-use std::process::Command;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use vmctl::vmm::client::{self, Console, Control, LaunchError};
+use vmctl::vmm::config::{BootConfig, DiskConfig, NicConfig, VmConfig};
+use vmctl::vmm::protocol::{ExitRecord, FdRole, Launch, VERSION};
 
-use vmctl::host::error::StepError;
-use vmctl::host::linux::{LinuxHost, links};
-use vmctl::host::snapshot::{BridgeFacts, Link};
-use vmctl::host::step::{NewLink, NewLinkKind, Step};
-use vmctl::host::{Host as _, Snapshot};
-use vmctl::name::{Kind, LinkName, Mark, ObjectId};
+/// Nobody, if the test runs as root.
+const UNPRIVILEGED: u32 = 65534;
 
-/// Moves this thread, and what it starts, into a network namespace of its own. There is nothing in it
-/// but a loopback that is down; it goes with the thread.
-pub fn private_network() {
-    // SAFETY: only this test's thread changes its network namespace; nothing else is unshared.
-    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }
-        .expect("tests of the host need root");
-    let links = links::observe().unwrap();
-    assert_eq!(links.keys().map(LinkName::as_str).collect::<Vec<_>>(), ["lo"]);
+/// A VM to be launched.
+pub struct Vm {
+    pub launch: Launch,
+    fds: Vec<OwnedFd>,
+    dir: PathBuf,
+    exit_record: File,
+    console_log: File,
 }
 
-pub fn host() -> LinuxHost {
-    LinuxHost::new(scratch("state"), scratch("run"), "/nonexistent/vmctl-vmm")
+/// A VM process. Dropping it kills it.
+pub struct RunningVm {
+    pub pid: i32,
+    pidfd: OwnedFd,
+    dir: PathBuf,
+    exit_record: File,
+    console_log: File,
 }
 
-/// A path for this test alone.
-pub fn scratch(name: &str) -> PathBuf {
-    let thread = std::thread::current();
-    let test = thread.name().unwrap_or("test").replace("::", "-");
-    std::env::temp_dir().join(format!("vmctl-{}-{test}-{name}", std::process::id()))
+pub fn memfd(content: &[u8]) -> File {
+    use std::io::Write as _;
+    let fd = rustix::fs::memfd_create("vmctl-test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let mut file = File::from(fd);
+    file.write_all(content).unwrap();
+    file.rewind().unwrap();
+    file
 }
 
-pub fn name(text: &str) -> LinkName {
-    LinkName::parse(text).unwrap()
-}
+impl Vm {
+    pub fn new(kernel: File, cmdline: &str) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("test{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let dir = std::env::temp_dir().join(format!("vmctl-{name}"));
+        std::fs::create_dir_all(&dir).unwrap();
+        let control =
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+                .unwrap();
+        rustix::net::bind(&control, &SocketAddrUnix::new(dir.join("control")).unwrap()).unwrap();
+        let exit_record = memfd(b"");
+        let log_path = dir.join("console.log");
+        let console_log = File::options().create(true).append(true).open(&log_path).unwrap();
+        let kvm = File::options().read(true).write(true).open("/dev/kvm").expect("/dev/kvm");
+        let id = if rustix::process::getuid().is_root() {
+            UNPRIVILEGED
+        } else {
+            rustix::process::getuid().as_raw()
+        };
+        let launch = Launch {
+            version: VERSION,
+            config: VmConfig {
+                name: name.clone(),
+                mark: format!("vmctl:test:VirtualMachine/{name}"),
+                vcpus: 1,
+                memory_bytes: 32 << 20,
+                boot: BootConfig { kernel_path: "kernel".into(), initrd_path: None, cmdline: cmdline.into() },
+                disks: Vec::new(),
+                nics: Vec::new(),
+            },
+            uid: id,
+            gid: id,
+            fds: vec![FdRole::Kvm, FdRole::Control, FdRole::ExitRecord, FdRole::ConsoleLog, FdRole::Kernel],
+        };
+        let fds = vec![
+            kvm.into(),
+            control,
+            exit_record.try_clone().unwrap().into(),
+            console_log.into(),
+            kernel.into(),
+        ];
+        Self { launch, fds, dir, exit_record, console_log: File::open(log_path).unwrap() }
+    }
 
-pub fn mark(kind: Kind, name: &str) -> Mark {
-    Mark::new("default".parse().unwrap(), ObjectId::new(kind, name.parse().unwrap()))
-}
+    pub fn vcpus(mut self, vcpus: u8) -> Self {
+        self.launch.config.vcpus = vcpus;
+        self
+    }
 
-pub fn facts() -> BridgeFacts {
-    BridgeFacts {
-        stp: false,
-        forward_delay_seconds: 15,
-        ageing_seconds: 300,
-        vlan_filtering: false,
-        default_pvid: 0,
-        multicast_snooping: true,
+    pub fn memory_bytes(mut self, memory_bytes: u64) -> Self {
+        self.launch.config.memory_bytes = memory_bytes;
+        self
+    }
+
+    pub fn pass(&mut self, role: FdRole, fd: impl Into<OwnedFd>) {
+        self.launch.fds.push(role);
+        self.fds.push(fd.into());
+    }
+
+    /// Drops the descriptor of this role.
+    pub fn withhold(&mut self, role: &FdRole) {
+        let index = self.launch.fds.iter().position(|other| other == role).unwrap();
+        self.launch.fds.remove(index);
+        self.fds.remove(index);
+    }
+
+    pub fn initrd(mut self, initrd: File) -> Self {
+        self.launch.config.boot.initrd_path = Some("initrd".into());
+        self.pass(FdRole::Initrd, initrd);
+        self
+    }
+
+    pub fn disk(mut self, config: DiskConfig, image: File) -> Self {
+        self.pass(FdRole::Disk { name: config.name.clone() }, image);
+        self.launch.config.disks.push(config);
+        self
+    }
+
+    pub fn nic(mut self, config: NicConfig, tap: File) -> Self {
+        self.pass(FdRole::Tap { nic: config.name.clone() }, tap);
+        self.launch.config.nics.push(config);
+        self
+    }
+
+    pub fn launch(mut self, program: &Path) -> Result<RunningVm, LaunchError> {
+        let fds = std::mem::take(&mut self.fds);
+        let pid = client::launch(program, &self.launch, fds)?;
+        let target = rustix::process::Pid::from_raw(pid).unwrap();
+        let pidfd = rustix::process::pidfd_open(target, rustix::process::PidfdFlags::empty()).unwrap();
+        let dir = std::mem::take(&mut self.dir);
+        Ok(RunningVm {
+            pid,
+            pidfd,
+            dir,
+            exit_record: self.exit_record.try_clone().unwrap(),
+            console_log: self.console_log.try_clone().unwrap(),
+        })
     }
 }
 
-pub fn bridge(link: &str) -> NewLink {
-    NewLink {
-        name: name(link),
-        mark: mark(Kind::Bridge, link),
-        kind: NewLinkKind::Bridge(facts()),
-        mtu: None,
-        mac_address: None,
-        master: None,
-        port: None,
-        up: true,
+impl Drop for Vm {
+    fn drop(&mut self) {
+        if !self.dir.as_os_str().is_empty() {
+            let _ = std::fs::remove_dir_all(&self.dir);
+        }
     }
 }
 
-pub fn tap(link: &str, master: Option<&str>) -> NewLink {
-    let owner = mark(Kind::VirtualMachine, "web");
-    NewLink {
-        mark: Mark::part(owner.set, owner.owner, "net0"),
-        kind: NewLinkKind::Tap,
-        master: master.map(name),
-        ..bridge(link)
+impl RunningVm {
+    pub fn control(&self) -> Control {
+        Control::connect(&self.dir.join("control")).unwrap()
+    }
+
+    pub fn control_path(&self) -> PathBuf {
+        self.dir.join("control")
+    }
+
+    /// Attaches with all that was printed so far.
+    pub fn console(&self) -> Session {
+        Session { console: self.control().attach_console(usize::MAX).unwrap(), text: String::new() }
+    }
+
+    /// Waits for the process's end; gives its record.
+    pub fn wait(&self) -> Option<ExitRecord> {
+        self.wait_for(Duration::from_secs(30))
+    }
+
+    pub fn wait_for(&self, timeout: Duration) -> Option<ExitRecord> {
+        assert!(poll(&self.pidfd, timeout), "the VM process has not ended");
+        let mut text = String::new();
+        let mut file = &self.exit_record;
+        file.rewind().unwrap();
+        file.read_to_string(&mut text).unwrap();
+        (!text.is_empty()).then(|| serde_json::from_str(&text).unwrap())
+    }
+
+    pub fn has_ended(&self) -> bool {
+        poll(&self.pidfd, Duration::ZERO)
+    }
+
+    pub fn log(&self) -> String {
+        let mut bytes = Vec::new();
+        let mut file = &self.console_log;
+        file.rewind().unwrap();
+        file.read_to_end(&mut bytes).unwrap();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    pub fn kill(&self) {
+        let _ = rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL);
+    }
+
+    pub fn terminate(&self) {
+        rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::TERM).unwrap();
     }
 }
 
-/// One step in a batch of its own.
-pub fn run(step: Step) -> Result<(), StepError> {
-    let mut results = host().run(&[&step]);
-    assert_eq!(results.len(), 1);
-    results.remove(0)
-}
-
-pub fn create(new: &NewLink) -> Result<(), StepError> {
-    run(Step::CreateLink(new.clone()))
-}
-
-pub fn delete(new: &NewLink) -> Result<(), StepError> {
-    run(Step::DeleteLink { link: new.name.clone(), mark: new.mark.clone() })
-}
-
-pub fn snapshot() -> Snapshot {
-    host().snapshot(&Default::default())
-}
-
-pub fn observe() -> BTreeMap<LinkName, Link> {
-    links::observe().unwrap()
-}
-
-pub fn link(link: &str) -> Link {
-    observe().remove(link).unwrap_or_else(|| panic!("{link} is not there"))
-}
-
-/// Runs `ip`, as a stranger would.
-pub fn ip(arguments: &str) -> String {
-    let output = Command::new("ip").args(arguments.split_whitespace()).output().unwrap();
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "ip {arguments}: {errors}");
-    String::from_utf8(output.stdout).unwrap()
-}
-
-#[track_caller]
-pub fn refused_as_not_ours(result: Result<(), StepError>) {
-    match result {
-        Err(StepError::NotOurs { .. }) => {}
-        other => panic!("{other:?}"),
+impl Drop for RunningVm {
+    fn drop(&mut self) {
+        self.kill();
+        let _ = std::fs::remove_dir_all(&self.dir);
     }
+}
+
+pub fn poll(fd: &OwnedFd, timeout: Duration) -> bool {
+    let timeout =
+        rustix::event::Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: timeout.subsec_nanos().into() };
+    let fd = fd.as_fd();
+    let mut fds = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
+    rustix::event::poll(&mut fds, Some(&timeout)).unwrap() > 0
+}
+
+/// A console with what was read from it.
+pub struct Session {
+    pub console: Console,
+    pub text: String,
+}
+
+impl Session {
+    /// Reads until `wanted` was seen; gives all up to its end, and forgets that.
+    pub fn expect(&mut self, wanted: &str) -> String {
+        self.expect_within(wanted, Duration::from_secs(30))
+    }
+
+    pub fn expect_within(&mut self, wanted: &str, timeout: Duration) -> String {
+        let deadline = Instant::now() + timeout;
+        loop {
+            if let Some(at) = self.text.find(wanted) {
+                let rest = self.text.split_off(at + wanted.len());
+                return std::mem::replace(&mut self.text, rest);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            let mut buffer = [0; 4096];
+            match self.console.read(&mut buffer, left).unwrap() {
+                Some(0) => panic!("the console ended before {wanted:?}; read {:?}", self.text),
+                Some(length) => self.text += &String::from_utf8_lossy(&buffer[..length]),
+                None => assert!(!left.is_zero(), "no {wanted:?} within {timeout:?}; read {:?}", self.text),
+            }
+        }
+    }
+
+    pub fn type_in(&self, text: &str) {
+        self.console.write(text.as_bytes()).unwrap();
+    }
+}
+
+/// Opens an existing tap as the host layer does: with a vnet header, without packet information.
+pub fn open_tap(name: &str) -> File {
+    use std::os::fd::AsRawFd as _;
+    const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+    let tap = File::options().read(true).write(true).open("/dev/net/tun").expect("/dev/net/tun");
+    // SAFETY: an all-zero ifreq is a valid one.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes().take(15)) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+    // SAFETY: TUNSETIFF reads one ifreq from where we point.
+    let done = unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETIFF, &raw const request) };
+    assert_eq!(done, 0, "open tap {name}: {}", std::io::Error::last_os_error());
+    tap
 }
