@@ -45,13 +45,16 @@ pub fn declare(set: SetName, loaded: Loaded) -> Result<Declaration, Invalid> {
 
 /// Gives a problem between objects its places in the files.
 fn locate(problem: &resolve::Problem, manifests: &BTreeMap<ObjectId, Manifest>) -> Diagnostic {
+    // `resolve` points into the spec, an origin into the whole manifest.
+    let in_manifest = |pointer: &str| format!("/spec{pointer}");
     let mut diagnostic = Diagnostic::error(format!("{}: {}", problem.object, problem.message));
     if let Some(manifest) = manifests.get(&problem.object) {
-        diagnostic = diagnostic.at(manifest.origin.place(&problem.pointer));
+        diagnostic = diagnostic.at(manifest.origin.place(&in_manifest(&problem.pointer)));
     }
     for (id, pointer, text) in &problem.related {
         if let Some(manifest) = manifests.get(id) {
-            diagnostic = diagnostic.related(manifest.origin.at(pointer), format!("{text} ({id})"));
+            diagnostic =
+                diagnostic.related(manifest.origin.at(&in_manifest(pointer)), format!("{text} ({id})"));
         }
     }
     diagnostic.hint_maybe(problem.hint.clone())
