@@ -222,7 +222,8 @@ pub struct Console {
 }
 
 impl Console {
-    /// Waits up to `timeout` for output; `Ok(None)` when none came. `Ok(Some(0))` is the end.
+    /// Waits up to `timeout` for output; `Ok(None)` when none came. `Ok(Some(0))` is the end. The buffer
+    /// should hold [`CONSOLE_PACKET_BYTES_MAX`](super::protocol::CONSOLE_PACKET_BYTES_MAX).
     pub fn read(&self, buffer: &mut [u8], timeout: Duration) -> io::Result<Option<usize>> {
         if !wait_readable(&self.socket, timeout)? {
             return Ok(None);
