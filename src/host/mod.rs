@@ -4,6 +4,7 @@
 //! memory and injects faults; one conformance suite runs against both.
 
 pub mod error;
+pub mod linux;
 pub mod sim;
 pub mod snapshot;
 pub mod step;

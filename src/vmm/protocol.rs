@@ -8,8 +8,8 @@
 //!   order of [`Launch::fds`]; one [`LaunchReply`] comes out. If the pair closes before the launch
 //!   has arrived, the process ends without a trace.
 //! - **Control**: anyone who may open the VM's socket sends a [`Request`] and reads a [`Response`].
-//!   After [`Request::ConsoleAttach`] the connection carries raw console bytes in both directions;
-//!   after [`Request::Watch`] it carries [`Event`]s.
+//!   Once [`Verb::ConsoleAttach`] is answered with [`Response::Done`], the connection carries raw
+//!   console bytes in both directions; once [`Verb::Watch`] is, it carries [`Event`]s.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,0 +1,232 @@
+"""One lab machine: the QEMU process and the three channels to it.
+
+Every channel and every file of a call's own (payload, scratch disk) is an
+inherited file descriptor of something without a name, so that there is nothing
+in the file system to clean up, whatever kills us: the kernel drops it all with
+the last process that holds it.
+
+Frames with the agent (`image/agent`): a type byte, a little-endian u32 length,
+the payload.
+  to the lab:    c  "SECONDS SEED": set the clock and the random seed
+                 a  one argument of the command    e  NAME=VALUE
+                 w  terminal size: two u16, rows and columns
+                 r  run it    i  bytes typed at its terminal
+  from the lab:  R  ready    B  heartbeat    O, E  output, errors
+                 T  a piece of the tar file of /out    X  exit status, in text
+                 F  the lab failed, in words
+"""
+
+import json
+import os
+import select
+import socket
+import struct
+import subprocess
+import time
+
+KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable"
+# Fixed, for a restored lab must find the disks that it was saved with. Sparse:
+# only what is written takes room.
+PAYLOAD_BYTES = 4 << 30
+SCRATCH_BYTES = 16 << 30
+CONSOLE_KEPT_BYTES = 64 * 1024
+
+
+class LabError(Exception):
+    """The lab itself failed, not the command in it."""
+
+
+class Hung(LabError):
+    """No sign of life from the lab."""
+
+
+class Machine:
+    def __init__(self, build, cpus, memory_mib, ram_fd, payload_fd, scratch_fd, saving=False):
+        """Starts QEMU: booting, to be saved, or waiting for `restore`."""
+        control, control_theirs = socket.socketpair()
+        console, console_theirs = socket.socketpair()
+        qmp, qmp_theirs = socket.socketpair()
+        self.control, self.console, self.qmp = control, console, Qmp(qmp)
+        self.console_log = b""
+        self.pending = b""
+        fds = [control_theirs.fileno(), console_theirs.fileno(), qmp_theirs.fileno()]
+        # share=on writes the guest's memory to the file, for the save; off
+        # gives a private copy-on-write view of it.
+        share = "on" if saving else "off"
+        # setpriv: if we are killed, QEMU goes with us.
+        command = ["setpriv", "--pdeathsig", "KILL", f"{build}/qemu/run"]
+        command += ["-accel", "tcg,thread=multi", "-M", "q35,memory-backend=ram", "-cpu", "EPYC"]
+        command += ["-smp", str(cpus), "-m", f"{memory_mib}M"]
+        command += ["-object", f"memory-backend-file,id=ram,size={memory_mib}M,mem-path=/proc/self/fd/{ram_fd},share={share}"]
+        command += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-bios", "qboot.rom"]
+        command += ["-kernel", f"{build}/vmlinux", "-initrd", f"{build}/initrd", "-append", KERNEL_ARGUMENTS]
+        command += ["-chardev", f"socket,id=console,fd={fds[1]}", "-serial", "chardev:console"]
+        command += ["-chardev", f"socket,id=qmp,fd={fds[2]}", "-mon", "chardev=qmp,mode=control"]
+        command += ["-device", "virtio-serial-pci", "-chardev", f"socket,id=control,fd={fds[0]}"]
+        command += ["-device", "virtserialport,chardev=control,name=lab", "-device", "virtio-rng-pci"]
+        command += disk("root", f"{build}/root.ext4", "readonly=on")
+        command += disk("payload", f"/proc/self/fd/{payload_fd}", "readonly=on")
+        command += disk("scratch", f"/proc/self/fd/{scratch_fd}", "discard=unmap")
+        if not saving:
+            command += ["-incoming", "defer"]
+        self.process = subprocess.Popen(
+            command,
+            pass_fds=[*fds, ram_fd, payload_fd, scratch_fd],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for us: we end it in order
+        )
+        for theirs in (control_theirs, console_theirs, qmp_theirs):
+            theirs.close()
+
+    # ---- its life ---------------------------------------------------------------
+
+    def restore(self, state_fd):
+        self.qmp.open()
+        self.qmp("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}])
+        self.qmp.give("state", state_fd)
+        self.qmp("migrate-incoming", uri="fd:state")
+        while (status := self.qmp("query-status")["status"]) in ("inmigrate",):
+            time.sleep(0.005)
+        if status not in ("paused", "prelaunch", "postmigrate"):
+            raise LabError(f"the saved lab does not load: {status}")
+        self.qmp("cont")
+
+    def save(self, state_fd):
+        """Stops it and writes all but its memory, which is in the file already."""
+        self.qmp.open()
+        self.qmp("stop")
+        self.qmp("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}])
+        self.qmp("migrate-set-parameters", **{"max-bandwidth": 1 << 40})
+        self.qmp.give("state", state_fd)
+        self.qmp("migrate", uri="fd:state")
+        while (answer := self.qmp("query-migrate")).get("status") not in ("completed", "failed"):
+            time.sleep(0.01)
+        if answer["status"] == "failed":
+            raise LabError(f"the lab cannot be saved: {answer.get('error-desc')}")
+
+    def kill(self):
+        """Ends it at once; harmless when it has ended."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        for channel in (self.control, self.console, self.qmp.socket, self.process.stderr):
+            channel.close()
+
+    # ---- frames -----------------------------------------------------------------
+
+    def send(self, kind, payload=b""):
+        self.control.sendall(kind + struct.pack("<I", len(payload)) + payload)
+
+    def refresh(self):
+        self.send(b"c", f"{time.time():.6f} ".encode() + os.urandom(256))
+
+    def frames(self, silence_s, also=()):
+        """Yields frames as they come, and (None, fd) for readable fds of `also`.
+
+        Raises Hung after `silence_s` without a frame. The caller's own time
+        does not count: a slow reader of the output is no hung lab.
+        """
+        while True:
+            deadline = time.monotonic() + silence_s
+            while not self._whole_frame():
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise Hung(f"no sign of life for {silence_s:.0f} s")
+                ready = select.select([self.control, self.console, *also], [], [], left)[0]
+                if self.console in ready:
+                    self._read_console()
+                for fd in ready:
+                    if fd in also:
+                        yield None, fd
+                if self.control in ready:
+                    chunk = self.control.recv(1 << 18)
+                    if not chunk:
+                        raise LabError("the lab went down: " + self.last_words())
+                    self.pending += chunk
+            end = 5 + struct.unpack_from("<I", self.pending, 1)[0]
+            kind, payload = self.pending[:1], self.pending[5:end]
+            self.pending = self.pending[end:]
+            yield kind, payload
+
+    def _whole_frame(self):
+        return len(self.pending) >= 5 and len(self.pending) >= 5 + struct.unpack_from("<I", self.pending, 1)[0]
+
+    # ---- what it says when something is wrong -----------------------------------
+
+    def _read_console(self):
+        try:
+            chunk = self.console.recv(65536, socket.MSG_DONTWAIT)
+        except (BlockingIOError, ConnectionResetError):
+            chunk = b""
+        self.console_log = (self.console_log + chunk)[-CONSOLE_KEPT_BYTES:]
+        return chunk
+
+    def last_words(self):
+        """QEMU's own complaint, or the end of the lab's console."""
+        while self._read_console():
+            pass
+        if self.process.poll() is None:
+            try:
+                self.process.wait(1)
+            except subprocess.TimeoutExpired:
+                return "its control channel closed"
+        complaint = self.process.stderr.read().decode(errors="replace").strip()
+        if self.process.returncode and complaint:
+            return f"QEMU ended with {self.process.returncode}: {complaint}"
+        return self.console_log.decode(errors="replace").strip() or "it was shut down"
+
+    def registers(self):
+        """What a hung machine was doing, as far as QEMU itself still answers."""
+        self.qmp.socket.settimeout(5)
+        try:
+            dump = [self.qmp("human-monitor-command", **{"command-line": line}) for line in ("info status", "info registers -a")]
+        except (OSError, ValueError) as error:
+            dump = [f"QEMU does not answer: {error}"]
+        while self._read_console():
+            pass
+        return "\n".join([*dump, "console:", self.console_log.decode(errors="replace")])
+
+
+def disk(name, path, options):
+    # cache=unsafe: nothing here outlives the call. Locks would keep two labs
+    # from sharing the root disk, which both only read.
+    return [
+        "-drive", f"file={path},format=raw,if=none,id={name},cache=unsafe,file.locking=off,{options}",
+        "-device", f"virtio-blk-pci,drive={name}",
+    ]  # fmt: skip
+
+
+class Qmp:
+    """QEMU's control protocol, one command at a time."""
+
+    def __init__(self, connection):
+        self.socket = connection
+        self.file = None
+
+    def open(self):
+        if self.file is None:
+            self.socket.settimeout(30)
+            self.file = self.socket.makefile("r")
+            if not self.file.readline():
+                raise LabError("QEMU does not start")
+            self("qmp_capabilities")
+
+    def give(self, name, fd):
+        """Hands QEMU a file, to be named in a later command."""
+        self._ask("getfd", {"fdname": name}, [fd])
+
+    def __call__(self, command, **arguments):
+        return self._ask(command, arguments)
+
+    def _ask(self, command, arguments, fds=()):
+        line = json.dumps({"execute": command, "arguments": arguments}) + "\n"
+        socket.send_fds(self.socket, [line.encode()], fds)
+        while line := self.file.readline():
+            answer = json.loads(line)
+            if "error" in answer:
+                raise LabError(f"QEMU refuses {command}: {answer['error']['desc']}")
+            if "return" in answer:
+                return answer["return"]
+        raise LabError(f"QEMU ended at {command}")
