@@ -5,6 +5,7 @@
 pub mod execute;
 pub mod host;
 pub mod kinds;
+pub mod load;
 
 pub mod name;
 pub mod plan;
