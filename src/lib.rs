@@ -2,12 +2,13 @@
 //!
 //! The map and the invariants are in `ARCHITECTURE.md`.
 
+pub mod cli;
 pub mod execute;
 pub mod host;
 pub mod kinds;
 pub mod load;
-
 pub mod name;
+pub mod pipeline;
 pub mod plan;
 pub mod report;
 pub mod resolve;

@@ -8,6 +8,7 @@ pub mod links;
 pub mod lock;
 pub mod netlink;
 pub mod ofd;
+pub mod signals;
 pub mod storage;
 
 use std::collections::BTreeMap;
