@@ -2,9 +2,9 @@
 
 use std::sync::atomic::AtomicBool;
 
-use crate::host::linux::signals;
+use crate::host::linux::termination;
 
 /// Set by the first SIGINT or SIGTERM from now on.
 pub fn flag() -> &'static AtomicBool {
-    signals::catch_termination()
+    termination::catch_termination()
 }

@@ -128,6 +128,20 @@ impl Plan {
         self.actions.iter().any(|action| !action.steps.is_empty())
     }
 
+    /// Takes the steps away from these objects and from what waits for them, for now.
+    pub fn hold(&mut self, objects: &BTreeSet<ObjectId>) {
+        if objects.is_empty() {
+            return;
+        }
+        let mut held = objects.clone();
+        for action in self.actions.iter_mut().filter(|action| !action.steps.is_empty()) {
+            if held.contains(&action.object) || action.after.iter().any(|id| held.contains(id)) {
+                held.insert(action.object.clone());
+                action.steps.clear();
+            }
+        }
+    }
+
     pub fn steps(&self) -> impl Iterator<Item = (&ObjectId, &Step)> {
         self.actions.iter().flat_map(|action| action.steps.iter().map(move |step| (&action.object, step)))
     }

@@ -9,6 +9,7 @@ pub mod lock;
 pub mod netlink;
 pub mod ofd;
 pub mod signals;
+pub mod termination;
 pub mod storage;
 
 use std::collections::BTreeMap;

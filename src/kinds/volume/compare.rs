@@ -167,15 +167,18 @@ fn compare_file(
     }
     let capacity_bytes = capacity_bytes(want.format, have);
     if have.mark.is_none() {
-        if capacity_bytes == want.capacity.0 {
-            let retained = if have.retained.is_some() { "was retained and" } else { "exists and" };
-            action.verb(Verb::Adopt, format!("{} {retained} already is what is declared", path.display()));
+        // What was ours before may be grown on its return; what never was is taken as it is or not at all.
+        let returns = have.retained.as_ref() == Some(mark);
+        if capacity_bytes == want.capacity.0 || (returns && capacity_bytes < want.capacity.0) {
+            let retained = if returns { "was retained" } else { "exists and already is what is declared" };
+            action.verb(Verb::Adopt, format!("{} {retained}", path.display()));
             action.step(Step::AdoptVolume {
                 pool_path: pool_path.to_owned(),
                 file: file.to_owned(),
                 mark: mark.clone(),
                 reclaim_delete: want.reclaim_delete,
             });
+            compare_capacity(action, id, want, file, pool_path, capacity_bytes, mark, context);
         } else {
             action.block(
                 Blocker::new(format!(
