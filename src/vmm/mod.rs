@@ -4,10 +4,26 @@
 //! [`config`], [`protocol`] and [`client`]: what a VM is, how one talks to the process that runs it,
 //! and how one starts such a process.
 
+pub mod acpi;
+pub mod boot;
 pub mod bus;
 pub mod client;
 pub mod config;
+pub mod console;
+pub mod control;
+mod cpu;
+pub mod device;
+mod exit;
+pub mod gate;
+pub mod launch;
+pub mod layout;
+pub mod machine;
 pub mod memory;
 pub mod packet;
+pub mod power;
 pub mod protocol;
+pub mod sandbox;
+pub mod serial;
+pub mod supervisor;
 pub mod transport;
+pub mod vcpu;

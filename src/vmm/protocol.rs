@@ -19,6 +19,8 @@ use super::config::VmConfig;
 pub const VERSION: u32 = 1;
 /// The longest packet, in bytes, in either direction.
 pub const PACKET_BYTES_MAX: usize = 128 * 1024;
+/// The longest packet of console output, in bytes. Who reads with less room loses the rest.
+pub const CONSOLE_PACKET_BYTES_MAX: usize = 4096;
 /// The descriptor on which a new VM process finds its launch socket.
 pub const LAUNCH_FD: i32 = 3;
 
@@ -87,11 +89,12 @@ pub enum Verb {
     Get,
     /// Presses the ACPI power button. The guest decides.
     PowerButton,
-    /// Ends the VM at once: vCPUs stop, disks are flushed, the process exits.
+    /// Ends the VM at once: vCPUs stop, disks are flushed, the process exits. Answered before that is
+    /// done; the end of the connection is the end of the process.
     Stop,
     Pause,
     Resume,
-    /// Resets the machine without a new process.
+    /// Resets the machine without a new process. A paused one stays paused.
     Reboot,
     /// The disk grows to this size, and the guest is told (config-change interrupt).
     ResizeDisk {

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::IpAddr;
 
-use netlink_packet_core::{NlaBuffer, NlasIterator, Parseable};
+use netlink_packet_core::{NlasIterator, Parseable};
 use netlink_packet_route::address::{AddressAttribute, AddressHeader, AddressMessage, AddressProtocol};
 use netlink_packet_route::link::{
     AfSpecBridge, BridgeVlanInfoFlags, InfoBridge, InfoBridgePort, InfoVlan, LinkAttribute, LinkExtentMask,
@@ -15,10 +15,10 @@ use netlink_packet_route::link::{
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
-use super::netlink::Netlink;
+use super::netlink::{Group, Netlink, Refusal};
 use crate::host::error::ObserveError;
 use crate::host::snapshot::{BridgeFacts, Link, LinkKind, Observed, PortFacts, VlanFlags, VlanProtocol};
-use crate::name::{IpPrefix, LinkName, MacAddress, VlanId};
+use crate::name::{IpPrefix, LinkName, MacAddress, Mark, VlanId};
 
 /// The kernel counts bridge times in `USER_HZ`.
 pub const CENTISECONDS: u32 = 100;
@@ -108,6 +108,18 @@ pub fn link_query(family: AddressFamily, name: Option<&LinkName>) -> RouteNetlin
     RouteNetlinkMessage::GetLink(message)
 }
 
+/// One link, by its name.
+pub fn read_link(netlink: &mut Netlink, name: &LinkName) -> io::Result<Option<RawLink>> {
+    let group = Group::from_iter([(link_query(AddressFamily::Unspec, Some(name)), 0)]);
+    match netlink.exchange(vec![group])?.into_iter().flatten().next() {
+        // A link that has this as an alternative name is another link.
+        Some(Ok(Some(payload))) => Ok(parse_link(&payload).filter(|link| link.name == *name)),
+        Some(Err(Refusal { errno: libc::ENODEV, .. })) => Ok(None),
+        Some(Err(refusal)) => Err(io::Error::other(refusal.to_string())),
+        Some(Ok(None)) | None => Err(io::Error::other("the kernel gave no answer")),
+    }
+}
+
 fn dump_links(netlink: &mut Netlink) -> io::Result<Vec<RawLink>> {
     let take = |links: &mut Vec<RawLink>, payload: &[u8]| links.extend(parse_link(payload));
     netlink.dump(&link_query(AddressFamily::Unspec, None), Vec::new, take)
@@ -182,9 +194,6 @@ fn parse_info(payload: &[u8]) -> LinkInfo {
         match nla.kind() {
             libc::IFLA_INFO_KIND => {
                 info.kind = text(value);
-                if info.kind == "tun" {
-                    info.known = None;
-                }
             }
             libc::IFLA_INFO_DATA => match info.kind.as_str() {
                 "bridge" => (info.known, info.can_filter) = parse_bridge(value),
@@ -350,5 +359,9 @@ fn number(value: &[u8]) -> Option<u32> {
     value.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes))
 }
 
-/// The type of one attribute within a message, for those who look at messages as they pass.
-pub type Attribute<'a> = NlaBuffer<&'a [u8]>;
+impl RawLink {
+    /// Our mark, if it carries one.
+    pub fn mark(&self) -> Option<Mark> {
+        self.alias.as_deref()?.parse().ok()
+    }
+}

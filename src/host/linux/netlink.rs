@@ -126,29 +126,27 @@ impl Netlink {
 
     /// Sends the groups, as many in one system call as fit, and gives each request's answer. An `Err`
     /// means that the conversation broke: what had been sent may have been done.
-    pub fn exchange(&mut self, groups: &[Group]) -> io::Result<Vec<Vec<Answer>>> {
-        let mut answers = Vec::with_capacity(groups.len());
-        let mut rest = groups;
-        while !rest.is_empty() {
-            let (mut bytes, mut messages, mut taken) = (Vec::new(), 0, 0);
+    pub fn exchange(&mut self, groups: Vec<Group>) -> io::Result<Vec<Vec<Answer>>> {
+        let sizes: Vec<usize> = groups.iter().map(Group::len).collect();
+        let mut answers = Vec::with_capacity(sizes.iter().sum());
+        let mut groups = groups.into_iter().peekable();
+        while groups.peek().is_some() {
+            let (mut bytes, mut count) = (Vec::new(), 0);
             let first_sequence = self.sequence.wrapping_add(1);
-            for group in rest {
-                let full = messages + group.len() > BATCH_MESSAGES_MAX || bytes.len() >= BATCH_BYTES_MAX;
-                if taken > 0 && full {
-                    break;
-                }
-                for (message, flags) in &group.requests {
+            let fits = |count: usize, bytes: &Vec<u8>, group: &Group| {
+                count == 0 || count + group.len() <= BATCH_MESSAGES_MAX && bytes.len() < BATCH_BYTES_MAX
+            };
+            while let Some(group) = groups.next_if(|group| fits(count, &bytes, group)) {
+                for (message, flags) in group.requests {
                     self.sequence = self.sequence.wrapping_add(1);
-                    append(&mut bytes, message.clone(), NLM_F_REQUEST | NLM_F_ACK | flags, self.sequence);
+                    append(&mut bytes, message, NLM_F_REQUEST | NLM_F_ACK | flags, self.sequence);
+                    count += 1;
                 }
-                messages += group.len();
-                taken += 1;
             }
-            let mut collected = self.converse(&bytes, first_sequence, messages)?.into_iter();
-            answers.extend(rest[..taken].iter().map(|group| collected.by_ref().take(group.len()).collect()));
-            rest = &rest[taken..];
+            answers.extend(self.converse(&bytes, first_sequence, count)?);
         }
-        Ok(answers)
+        let mut answers = answers.into_iter();
+        Ok(sizes.into_iter().map(|size| answers.by_ref().take(size).collect()).collect())
     }
 
     /// Sends one buffer and collects the answers of `count` requests, numbered from `first`.

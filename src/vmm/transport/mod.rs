@@ -1,6 +1,8 @@
 //! How a virtio device meets the guest. A device knows [`VirtioDevice`] and [`Interrupt`]; whether
 //! it sits behind MMIO or PCI it can't tell.
 
+pub mod mmio;
+
 use std::sync::Arc;
 
 use virtio_queue::Queue;
@@ -14,18 +16,23 @@ pub trait Interrupt: Send + Sync {
     fn signal_queue(&self, queue_index: u16);
     /// The device's configuration space changed.
     fn signal_config(&self);
+    /// The device can't go on (its driver broke a ring): sets DEVICE_NEEDS_RESET and tells the driver.
+    fn signal_needs_reset(&self);
 }
 
 /// A queue as handed to a device when the driver has set DRIVER_OK.
 pub struct ActiveQueue {
     pub index: u16,
+    /// Configured and validated, with event index as negotiated.
     pub queue: Queue,
-    /// Becomes readable when the driver notifies this queue.
-    pub kick: EventFd,
+    /// Becomes readable when the driver notifies this queue. Non-blocking. It belongs to the
+    /// transport and outlives resets, so that activation needs no system call.
+    pub kick: Arc<EventFd>,
 }
 
 pub struct Activation {
     pub memory: GuestMemory,
+    /// The queues that the driver made ready, in the order of their indexes.
     pub queues: Vec<ActiveQueue>,
     pub interrupt: Arc<dyn Interrupt>,
     /// What the driver accepted of [`VirtioDevice::features`].

@@ -1,0 +1,147 @@
+//! Boots a kernel in a VM process and shows its serial console, as `vmctl` would start it, but from the
+//! command line and without manifests. For development and for measuring; the guest's input is what is
+//! given with `--type`.
+//!
+//! ```text
+//! boot [OPTIONS] --kernel FILE
+//!   --kernel FILE --initrd FILE --cmdline TEXT --vcpus N --memory MIB
+//!   --disk NAME=FILE[:raw|:qcow2]   --tap NAME=TAP=MAC
+//!   --until TEXT    stop once the console shows TEXT, and say how long that took
+//!   --type TEXT     type it once --until was seen, then wait for the end
+//!   --repeat N      boot so many times, print each time
+//!   --program FILE  the vmctl-vmm to start (default: beside this program's folder)
+//! ```
+
+#[path = "../tests/support/mod.rs"]
+mod support;
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use support::Vm;
+use vmctl::vmm::config::{DiskConfig, DiskFormat, NicConfig};
+
+#[derive(Default)]
+struct Options {
+    kernel: PathBuf,
+    initrd: Option<PathBuf>,
+    cmdline: String,
+    vcpus: u8,
+    memory_mib: u64,
+    disks: Vec<String>,
+    taps: Vec<String>,
+    until: Option<String>,
+    typed: Option<String>,
+    repeat: usize,
+    timeout_s: u64,
+    quiet: bool,
+    power_button: bool,
+    program: PathBuf,
+}
+
+fn main() {
+    let options = options();
+    for _ in 0..options.repeat {
+        boot(&options);
+    }
+}
+
+fn options() -> Options {
+    let mut options = Options { vcpus: 1, memory_mib: 256, repeat: 1, timeout_s: 60, ..Default::default() };
+    let beside = std::env::current_exe().unwrap();
+    options.program = beside.parent().and_then(Path::parent).unwrap().join("vmctl-vmm");
+    let mut arguments = std::env::args().skip(1);
+    while let Some(flag) = arguments.next() {
+        let mut value = || arguments.next().unwrap_or_else(|| panic!("{flag} needs a value"));
+        match flag.as_str() {
+            "--kernel" => options.kernel = value().into(),
+            "--initrd" => options.initrd = Some(value().into()),
+            "--cmdline" => options.cmdline = value(),
+            "--vcpus" => options.vcpus = value().parse().unwrap(),
+            "--memory" => options.memory_mib = value().parse().unwrap(),
+            "--disk" => options.disks.push(value()),
+            "--tap" => options.taps.push(value()),
+            "--until" => options.until = Some(value()),
+            "--type" => options.typed = Some(value()),
+            "--repeat" => options.repeat = value().parse().unwrap(),
+            "--timeout" => options.timeout_s = value().parse().unwrap(),
+            "--program" => options.program = value().into(),
+            "--quiet" => options.quiet = true,
+            "--power-button" => options.power_button = true,
+            other => panic!("unknown option {other}"),
+        }
+    }
+    options
+}
+
+fn machine(options: &Options) -> Vm {
+    let mut vm = Vm::new(File::open(&options.kernel).expect("open the kernel"), &options.cmdline)
+        .vcpus(options.vcpus)
+        .memory_bytes(options.memory_mib << 20);
+    if let Some(initrd) = &options.initrd {
+        vm = vm.initrd(File::open(initrd).expect("open the initrd"));
+    }
+    for disk in &options.disks {
+        let (name, file) = disk.split_once('=').expect("--disk NAME=FILE");
+        let (path, format) = match file.rsplit_once(':') {
+            Some((path, "qcow2")) => (path, DiskFormat::Qcow2),
+            Some((path, "raw")) => (path, DiskFormat::Raw),
+            _ => (file, DiskFormat::Raw),
+        };
+        let image = File::options().read(true).write(true).open(path).expect("open the disk");
+        let config = DiskConfig {
+            name: name.into(),
+            path: path.into(),
+            format,
+            read_only: false,
+            backing: Vec::new(),
+        };
+        vm = vm.disk(config, image);
+    }
+    for tap in &options.taps {
+        let parts: Vec<&str> = tap.split('=').collect();
+        let [name, tap, mac] = parts[..] else { panic!("--tap NAME=TAP=MAC") };
+        let config = NicConfig { name: name.into(), tap: tap.into(), mac_address: mac.into(), mtu: 1500 };
+        vm = vm.nic(config, support::open_tap(tap));
+    }
+    vm
+}
+
+fn boot(options: &Options) {
+    let timeout = Duration::from_secs(options.timeout_s);
+    let vm = machine(options);
+    let start = Instant::now();
+    let vm = vm.launch(&options.program).unwrap_or_else(|error| {
+        eprintln!("boot: {error}");
+        std::process::exit(1)
+    });
+    let launched = start.elapsed();
+    let mut console = vm.console();
+    if let Some(until) = &options.until {
+        let text = console.expect_within(until, timeout);
+        let took = start.elapsed();
+        if !options.quiet {
+            println!("{text}");
+        }
+        println!("launched {} ms, seen {} ms", launched.as_millis(), took.as_millis());
+    }
+    if options.power_button {
+        vm.control().command(&vmctl::vmm::protocol::Verb::PowerButton).unwrap();
+    }
+    if let Some(text) = &options.typed {
+        console.type_in(&text.replace("\\n", "\n"));
+    }
+    if options.typed.is_some() || options.power_button || options.until.is_none() {
+        let deadline = Instant::now() + timeout;
+        let mut buffer = [0; 4096];
+        while Instant::now() < deadline {
+            match console.console.read(&mut buffer, Duration::from_secs(1)).unwrap() {
+                Some(0) => break,
+                Some(length) if !options.quiet => print!("{}", String::from_utf8_lossy(&buffer[..length])),
+                _ => {}
+            }
+        }
+        println!("\nend: {:?}", vm.wait());
+    }
+}

@@ -1,0 +1,265 @@
+//! qcow2 images, by `imago`. The file and its backing chain are handed in as descriptors: whatever
+//! the image's header names, nothing is opened by path.
+//!
+//! Images are hostile. Before imago sees one, its header is checked for what we refuse: encryption
+//! (imago would write plaintext into it), data files, a dirty or corrupt mark, a backing file that
+//! was not declared, tables of absurd size. Formats are declared, never guessed.
+//!
+//! Data goes directly between guest memory and the file wherever a range is mapped to it; compressed
+//! clusters pass a bounded buffer.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use imago::format::PreallocateMode;
+use imago::qcow2::Qcow2;
+use imago::raw::Raw;
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, Mapping};
+
+use super::host_file::HostFile;
+use super::image::{Image, SECTOR_BYTES};
+use crate::vmm::config::DiskFormat;
+use crate::vmm::device::buffers::Cursor;
+
+/// Most bytes of a range that has to be copied at once.
+const BOUNCE_BYTES: u64 = 64 * 1024;
+/// The limits that QEMU sets for its own images, too.
+const L1_TABLE_BYTES_MAX: u64 = 32 << 20;
+const REFCOUNT_TABLE_BYTES_MAX: u64 = 8 << 20;
+
+const MAGIC: u32 = 0x5146_49fb;
+const HEADER_V2_BYTES: usize = 72;
+const HEADER_V3_BYTES: usize = 104;
+const INCOMPATIBLE_DIRTY: u64 = 1;
+const INCOMPATIBLE_CORRUPT: u64 = 1 << 1;
+const INCOMPATIBLE_DATA_FILE: u64 = 1 << 2;
+
+/// Why an image is not opened.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageRefused {
+    #[error("it is not a qcow2 image")]
+    NotQcow2,
+    #[error("it is encrypted (method {0}), which is not supported")]
+    Encrypted(u32),
+    #[error("it keeps its data in another file, which is not supported")]
+    DataFile,
+    #[error("it is marked dirty: it was not closed cleanly; repair it with `qemu-img check -r leaks`")]
+    Dirty,
+    #[error("it is marked corrupt; repair it with `qemu-img check -r all`")]
+    Corrupt,
+    #[error("its {0} is larger than any valid image needs")]
+    TableSize(&'static str),
+    #[error("it has a backing file ({0:?}) that was not declared")]
+    UndeclaredBacking(String),
+    #[error("a backing file is declared, but it has none")]
+    NoBacking,
+    #[error("its backing file is declared as {declared}, but its header says {header}")]
+    BackingFormat { declared: &'static str, header: String },
+    #[error("a raw layer can't have a backing file")]
+    RawWithBacking,
+    #[error("{declared} backing files are declared, but {passed} were passed")]
+    BackingCount { declared: usize, passed: usize },
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// One layer of a chain.
+pub(super) struct Layer {
+    pub format: DiskFormat,
+    pub fd: OwnedFd,
+}
+
+pub(super) struct Qcow2Image {
+    access: FormatAccess<HostFile>,
+    backing_bytes: u64,
+    can_discard: bool,
+    bounce: Vec<u8>,
+}
+
+impl Qcow2Image {
+    /// Opens the chain, given from the top layer to the base. Only the top is ever written.
+    pub fn open(chain: Vec<Layer>, read_only: bool) -> Result<Self, ImageRefused> {
+        let layers = chain.len();
+        let mut below: Option<(FormatAccess<HostFile>, DiskFormat)> = None;
+        let mut backing_bytes = 0;
+        let mut can_discard = false;
+        for (depth, Layer { format, fd }) in chain.into_iter().enumerate().rev() {
+            let writable = depth == 0 && !read_only;
+            backing_bytes = below.as_ref().map_or(0, |(access, _)| access.size());
+            let access = match format {
+                DiskFormat::Raw if depth + 1 < layers => return Err(ImageRefused::RawWithBacking),
+                DiskFormat::Raw => FormatAccess::new(Raw::open_image(HostFile::new(fd)?, writable)?),
+                DiskFormat::Qcow2 => {
+                    let version = check_header(&fd, below.is_some())?;
+                    // Version 2 can't mark clusters as zero.
+                    can_discard = version >= 3;
+                    open_layer(HostFile::new(fd)?, below, writable)?
+                }
+            };
+            below = Some((access, format));
+        }
+        let (access, _) = below.ok_or(ImageRefused::NotQcow2)?;
+        Ok(Self { access, backing_bytes, can_discard, bounce: Vec::new() })
+    }
+}
+
+fn open_layer(
+    file: HostFile,
+    below: Option<(FormatAccess<HostFile>, DiskFormat)>,
+    writable: bool,
+) -> Result<FormatAccess<HostFile>, ImageRefused> {
+    let (backing, format) = below.unzip();
+    let builder = Qcow2::<HostFile>::builder(file).write(writable).backing(backing).data_file(None);
+    let qcow2 = builder.open(DenyImplicitOpenGate::default())?;
+    // Where the header names a format, the declared one must be the same: a guest that wrote a qcow2
+    // header into its raw disk must not find it opened as qcow2.
+    let declared = format.map(|format| match format {
+        DiskFormat::Raw => "raw",
+        DiskFormat::Qcow2 => "qcow2",
+    });
+    match (declared, qcow2.implicit_backing_format()) {
+        (Some(declared), Some(header)) if header != declared => {
+            Err(ImageRefused::BackingFormat { declared, header: header.clone() })
+        }
+        _ => Ok(FormatAccess::new(qcow2)),
+    }
+}
+
+/// Checks what imago would accept but we don't; returns the image's version.
+fn check_header(fd: &OwnedFd, backing_declared: bool) -> Result<u32, ImageRefused> {
+    let mut header = [0; HEADER_V3_BYTES];
+    let len = read_at(fd, &mut header, 0)?;
+    let u32_at = |at: usize| u32::from_be_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+    let u64_at = |at: usize| u64::from(u32_at(at)) << 32 | u64::from(u32_at(at + 4));
+    let version = u32_at(4);
+    let complete = match version {
+        2 => len >= HEADER_V2_BYTES,
+        3 => len >= HEADER_V3_BYTES,
+        _ => false,
+    };
+    if u32_at(0) != MAGIC || !complete {
+        return Err(ImageRefused::NotQcow2);
+    }
+    let method = u32_at(32);
+    if method != 0 {
+        return Err(ImageRefused::Encrypted(method));
+    }
+    let incompatible = if version == 3 { u64_at(72) } else { 0 };
+    if incompatible & INCOMPATIBLE_DATA_FILE != 0 {
+        return Err(ImageRefused::DataFile);
+    }
+    if incompatible & INCOMPATIBLE_CORRUPT != 0 {
+        return Err(ImageRefused::Corrupt);
+    }
+    if incompatible & INCOMPATIBLE_DIRTY != 0 {
+        return Err(ImageRefused::Dirty);
+    }
+    let (cluster_bits, l1_entries, refcount_clusters) = (u32_at(20), u32_at(36), u32_at(56));
+    if u64::from(l1_entries) * 8 > L1_TABLE_BYTES_MAX {
+        return Err(ImageRefused::TableSize("L1 table"));
+    }
+    if !(9..=21).contains(&cluster_bits)
+        || u64::from(refcount_clusters) << cluster_bits > REFCOUNT_TABLE_BYTES_MAX
+    {
+        return Err(ImageRefused::TableSize("refcount table or cluster size"));
+    }
+    let (backing_offset, backing_len) = (u64_at(8), u32_at(16));
+    match (backing_offset != 0, backing_declared) {
+        (false, true) => Err(ImageRefused::NoBacking),
+        (true, false) => {
+            let mut name = vec![0; backing_len.min(1023) as usize];
+            let len = read_at(fd, &mut name, backing_offset)?;
+            Err(ImageRefused::UndeclaredBacking(String::from_utf8_lossy(&name[..len]).into_owned()))
+        }
+        _ => Ok(version),
+    }
+}
+
+fn read_at(fd: &OwnedFd, data: &mut [u8], offset: u64) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < data.len() {
+        match rustix::io::pread(fd.as_fd(), &mut data[filled..], offset.saturating_add(filled as u64)) {
+            Err(rustix::io::Errno::INTR) => {}
+            Ok(0) => break,
+            result => filled += result?,
+        }
+    }
+    Ok(filled)
+}
+
+impl Image for Qcow2Image {
+    fn capacity_bytes(&self) -> u64 {
+        self.access.size() / SECTOR_BYTES * SECTOR_BYTES
+    }
+
+    fn can_discard(&self) -> bool {
+        self.can_discard
+    }
+
+    fn read(&mut self, mut target: Cursor<'_>, mut offset: u64) -> io::Result<()> {
+        while target.len() > 0 {
+            let (mapping, mut len) = self.access.get_mapping(offset, target.len())?;
+            match mapping {
+                Mapping::Raw { storage, offset, .. } => {
+                    let mut piece = target.prefix(len);
+                    let got = storage.read_available(piece.clone(), offset)?;
+                    // A file may end within its last cluster; the rest of that is zero.
+                    piece.skip(got);
+                    piece.fill_zero()?;
+                }
+                Mapping::Zero { .. } => target.prefix(len).fill_zero()?,
+                Mapping::Eof { .. } => return Err(io::ErrorKind::UnexpectedEof.into()),
+                _ => {
+                    len = len.min(BOUNCE_BYTES);
+                    self.bounce.resize(len as usize, 0);
+                    self.access.read(&mut self.bounce[..], offset)?;
+                    target.prefix(len).write_all(&self.bounce)?;
+                }
+            }
+            if len == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            target.skip(len);
+            offset += len;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, mut source: Cursor<'_>, mut offset: u64) -> io::Result<()> {
+        while source.len() > 0 {
+            let mapping = self.access.prepare_data_mapping(offset, source.len(), true)?;
+            let len = mapping.length();
+            mapping.storage().write_all(source.prefix(len), mapping.offset())?;
+            self.access.commit_data_mapping(mapping)?;
+            source.skip(len);
+            offset += len;
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.access.flush()?;
+        self.access.sync()
+    }
+
+    fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        self.access.discard_to_any(offset, len)
+    }
+
+    fn write_zeroes(&mut self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
+        match may_unmap {
+            true => self.access.discard_to_zero(offset, len),
+            false => self.access.write_zeroes(offset, len),
+        }
+    }
+
+    fn grow(&mut self, capacity_bytes: u64) -> io::Result<()> {
+        // What the backing file has beyond the old end must not show through.
+        let mode = match self.backing_bytes > self.access.size() {
+            true => PreallocateMode::Zero,
+            false => PreallocateMode::None,
+        };
+        self.access.resize_grow(capacity_bytes, mode)?;
+        self.flush()
+    }
+}

@@ -1,0 +1,232 @@
+//! The birth of a VM process: from the launcher's child to a daemon that runs a guest in its sandbox.
+//!
+//! ```text
+//!   exec ─▶ fork, setsid, fork ─▶ receive the launch ─▶ drop privileges ─▶ build the machine
+//!        ─▶ threads, each with its filter ─▶ listen ─▶ own filter ─▶ vCPUs run ─▶ "launched"
+//! ```
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::{FromRawFd as _, OwnedFd};
+use std::process::ExitCode;
+
+use rustix::net::sockopt::{self, Timeout};
+
+use super::boot::BootFiles;
+use super::client::LAUNCH_TIMEOUT;
+use super::config::{DEVICES_MAX, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, VCPUS_MAX, VmConfig};
+use super::console::{LOG_BYTES_MAX, Log};
+use super::exit;
+use super::machine::{Built, MachineError, MachineFiles, source_of};
+use super::packet::{self, PacketError};
+use super::protocol::{FdRole, LAUNCH_FD, Launch, LaunchReply, VERSION};
+use super::sandbox::{self, Filters, SandboxError};
+use super::supervisor::{Outside, Supervisor};
+use super::vcpu;
+
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchFailure {
+    #[error("receive the launch: {0}")]
+    Receive(#[source] PacketError),
+    #[error("the launch is of version {0}, this program speaks version {VERSION}")]
+    Version(u32),
+    #[error("the launch names {named} descriptors and came with {passed}")]
+    FdCount { named: usize, passed: usize },
+    #[error("the launch passes {0:?} twice")]
+    FdTwice(FdRole),
+    #[error("the launch passes no {0:?}")]
+    FdMissing(FdRole),
+    #[error("the launch passes {0:?}, which the configuration doesn't have")]
+    FdUnexpected(FdRole),
+    #[error("the configuration is invalid: {0}")]
+    Config(String),
+    #[error("{0}")]
+    Sandbox(#[from] SandboxError),
+    #[error("{error}{causes}", error = .0, causes = causes(.0))]
+    Machine(#[from] MachineError),
+    #[error("{what}: {source}")]
+    Io {
+        what: &'static str,
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn causes(error: &MachineError) -> String {
+    match error {
+        // Their text has the cause already.
+        MachineError::Kvm { .. } | MachineError::Io { .. } | MachineError::Disk(_) | MachineError::Nic(_) => {
+            String::new()
+        }
+        _ if std::error::Error::source(error).is_none() => String::new(),
+        _ => format!(": {}", source_of(error)),
+    }
+}
+
+fn io(what: &'static str) -> impl FnOnce(io::Error) -> LaunchFailure {
+    move |source| LaunchFailure::Io { what, source }
+}
+
+/// The whole life of a VM process. Returns only what went wrong before there was one.
+pub fn run() -> ExitCode {
+    // SAFETY: nothing else in this process knows the descriptor; that it is one is checked next.
+    let socket = unsafe { OwnedFd::from_raw_fd(LAUNCH_FD) };
+    if let Err(errno) = sockopt::socket_type(&socket) {
+        eprintln!(
+            "vmctl-vmm: descriptor {LAUNCH_FD} is no launch socket ({errno}): vmctl starts this program"
+        );
+        // It may not even be open: closing it is not ours.
+        std::mem::forget(socket);
+        return ExitCode::from(2);
+    }
+    let seccomp_mode = sandbox::Mode::from_environment();
+    match sandbox::daemonise(LAUNCH_FD) {
+        Ok(sandbox::Side::Parent) => return ExitCode::SUCCESS,
+        Ok(sandbox::Side::Daemon) => {}
+        Err(error) => {
+            eprintln!("vmctl-vmm: {error}");
+            return ExitCode::FAILURE;
+        }
+    }
+    match launch(&socket, seccomp_mode) {
+        Ok(supervisor) => {
+            // SAFETY: getpid has no preconditions.
+            let pid = unsafe { libc::getpid() };
+            // The launcher may have given up or died meanwhile: then nobody knows of this VM.
+            if packet::send(&socket, &LaunchReply::Launched { pid }, &[]).is_err() {
+                return ExitCode::FAILURE;
+            }
+            drop(socket);
+            exit::end(&supervisor.run())
+        }
+        // The launcher is gone before it has said what to run.
+        Err(LaunchFailure::Receive(PacketError::Closed)) => ExitCode::SUCCESS,
+        Err(failure) => {
+            let reply = LaunchReply::Failed { error: failure.to_string() };
+            // If nobody listens any more there is nobody to tell.
+            let _ = packet::send(&socket, &reply, &[]);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn launch(socket: &OwnedFd, mode: sandbox::Mode) -> Result<Supervisor, LaunchFailure> {
+    for timeout in [Timeout::Recv, Timeout::Send] {
+        sockopt::set_socket_timeout(socket, timeout, Some(LAUNCH_TIMEOUT))
+            .map_err(|errno| io("prepare the launch socket")(errno.into()))?;
+    }
+    let (launch, fds) = packet::receive::<Launch>(socket).map_err(LaunchFailure::Receive)?;
+    if launch.version != VERSION {
+        return Err(LaunchFailure::Version(launch.version));
+    }
+    check(&launch.config)?;
+    let files = Files::sort(&launch.config, launch.fds, fds)?;
+
+    sandbox::drop_privileges(launch.uid, launch.gid)?;
+    let termination = sandbox::block_signals().map_err(io("block signals"))?;
+    vcpu::install_kick_handler().map_err(io("install the kick's signal handler"))?;
+    let filters = Filters::compile(mode)?;
+    let (built, signals) = Built::new(&launch.config, files.machine, &filters.for_devices())?;
+    let machine = built.start(filters.for_vcpus())?;
+    let console_log = match files.console_log {
+        Some(fd) => Some(Log::new(fd, LOG_BYTES_MAX).map_err(io("use the console's log"))?),
+        None => None,
+    };
+    let outside = Outside { control: files.control, console_log, termination };
+    let mut supervisor = Supervisor::new(launch.config, machine, signals, outside)
+        .map_err(io("listen on the control socket"))?;
+    filters.enter_event_loop().map_err(io("install the event loop's seccomp filter"))?;
+    // Only now: until here a failure is the launcher's to hear, not a record's.
+    exit::install(File::from(files.exit_record));
+    supervisor.start()?;
+    Ok(supervisor)
+}
+
+/// Trust in the launcher goes only so far: this is what the rest of the program takes for granted.
+fn check(config: &VmConfig) -> Result<(), LaunchFailure> {
+    let fail = |message: String| Err(LaunchFailure::Config(message));
+    if config.vcpus == 0 || config.vcpus > VCPUS_MAX {
+        return fail(format!("{} vCPUs, not 1 to {VCPUS_MAX}", config.vcpus));
+    }
+    let memory = config.memory_bytes;
+    if !(MEMORY_BYTES_MIN..=MEMORY_BYTES_MAX).contains(&memory) || memory % (1 << 20) != 0 {
+        return fail(format!(
+            "{memory} bytes of memory: not a multiple of 1 MiB between {MEMORY_BYTES_MIN} and {MEMORY_BYTES_MAX}"
+        ));
+    }
+    let devices = config.disks.len() + config.nics.len();
+    if devices > DEVICES_MAX {
+        return fail(format!("{devices} disks and NICs, more than {DEVICES_MAX}"));
+    }
+    let mut names: Vec<&str> = config.disks.iter().map(|disk| disk.name.as_str()).collect();
+    names.sort_unstable();
+    if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+        return fail(format!("two disks are named {:?}", pair[0]));
+    }
+    let mut names: Vec<&str> = config.nics.iter().map(|nic| nic.name.as_str()).collect();
+    names.sort_unstable();
+    if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+        return fail(format!("two NICs are named {:?}", pair[0]));
+    }
+    Ok(())
+}
+
+/// The passed descriptors, each in its place.
+struct Files {
+    machine: MachineFiles,
+    control: OwnedFd,
+    exit_record: OwnedFd,
+    console_log: Option<OwnedFd>,
+}
+
+impl Files {
+    fn sort(config: &VmConfig, roles: Vec<FdRole>, fds: Vec<OwnedFd>) -> Result<Self, LaunchFailure> {
+        if roles.len() != fds.len() {
+            return Err(LaunchFailure::FdCount { named: roles.len(), passed: fds.len() });
+        }
+        let mut by_role = HashMap::new();
+        for (role, fd) in roles.into_iter().zip(fds) {
+            if by_role.insert(role.clone(), fd).is_some() {
+                return Err(LaunchFailure::FdTwice(role));
+            }
+        }
+        let mut take = |role: FdRole| by_role.remove(&role).ok_or(LaunchFailure::FdMissing(role));
+        let mut disks = Vec::with_capacity(config.disks.len());
+        for disk in &config.disks {
+            let image = take(FdRole::Disk { name: disk.name.clone() })?;
+            let backing = (0..disk.backing.len())
+                .map(|depth| take(FdRole::Backing { disk: disk.name.clone(), depth }))
+                .collect::<Result<_, _>>()?;
+            disks.push((image, backing));
+        }
+        let taps = config
+            .nics
+            .iter()
+            .map(|nic| take(FdRole::Tap { nic: nic.name.clone() }))
+            .collect::<Result<_, _>>()?;
+        let initrd = match config.boot.initrd_path {
+            Some(_) => Some(File::from(take(FdRole::Initrd)?)),
+            None => None,
+        };
+        let files = Self {
+            machine: MachineFiles {
+                kvm: take(FdRole::Kvm)?,
+                boot: BootFiles {
+                    kernel: File::from(take(FdRole::Kernel)?),
+                    initrd,
+                    cmdline: config.boot.cmdline.clone(),
+                },
+                disks,
+                taps,
+            },
+            control: take(FdRole::Control)?,
+            exit_record: take(FdRole::ExitRecord)?,
+            console_log: take(FdRole::ConsoleLog).ok(),
+        };
+        match by_role.into_keys().next() {
+            Some(role) => Err(LaunchFailure::FdUnexpected(role)),
+            None => Ok(files),
+        }
+    }
+}

@@ -1,0 +1,388 @@
+//! The event loop: the one owner of a VM's state. vCPUs, devices and clients tell it what happened, and
+//! it alone decides: pause, reset, stop.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::{Timespec, epoll::Event as EpollEvent};
+
+use super::config::VmConfig;
+use super::console::Log;
+use super::control::{Clients, Received};
+use super::machine::{Machine, MachineError, Signals, source_of};
+use super::protocol::{Event, ExitReason, ExitRecord, Phase, Response, VERSION, Verb, VmState};
+use super::vcpu::VcpuEvent;
+
+const LISTENER: u64 = 0;
+const VCPU_EVENT: u64 = 1;
+const OUTPUT: u64 = 2;
+const INPUT_WANTED: u64 = 3;
+const SIGNAL: u64 = 4;
+const FIRST_CLIENT: u64 = 16;
+
+/// Output is handed on this long after it was announced, so that a burst of single bytes costs one
+/// packet and one write to the log.
+const OUTPUT_DELAY: Duration = Duration::from_millis(2);
+/// Input that the port didn't take, with no word of when it will, is offered again after this time.
+const INPUT_RETRY: Duration = Duration::from_millis(50);
+/// A guest whose processor gives up this soon after its start, so many times in a row, never works.
+const EARLY_FAULT: Duration = Duration::from_secs(1);
+const EARLY_FAULTS_MAX: u32 = 3;
+const EVENTS_PER_ROUND: usize = 32;
+
+/// What the loop needs from outside.
+pub struct Outside {
+    pub control: OwnedFd,
+    pub console_log: Option<Log>,
+    /// Readable when the process was asked to end (SIGTERM).
+    pub termination: OwnedFd,
+}
+
+pub struct Supervisor {
+    config: VmConfig,
+    machine: Machine,
+    signals: Signals,
+    epoll: Arc<OwnedFd>,
+    clients: Clients,
+    console_log: Option<Log>,
+    termination: OwnedFd,
+    phase: Phase,
+    started: Instant,
+    /// Of the guest: the process's start or its last reset.
+    booted: Instant,
+    reboots: u64,
+    early_faults: u32,
+    flush_at: Option<Instant>,
+    input: VecDeque<u8>,
+    retry_input_at: Option<Instant>,
+}
+
+/// Why the loop ends.
+struct End(ExitRecord);
+
+impl End {
+    fn new(reason: ExitReason, message: impl Into<String>) -> Self {
+        Self(ExitRecord { reason, message: message.into() })
+    }
+}
+
+impl From<MachineError> for End {
+    fn from(error: MachineError) -> Self {
+        Self::new(ExitReason::Internal, format!("{error}: {}", source_of(&error)))
+    }
+}
+
+impl Supervisor {
+    pub fn new(config: VmConfig, machine: Machine, signals: Signals, outside: Outside) -> io::Result<Self> {
+        let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC)?);
+        let clients = Clients::new(epoll.clone(), outside.control, LISTENER, FIRST_CLIENT)?;
+        let watch = |fd: &dyn std::os::fd::AsFd, token| {
+            epoll::add(&*epoll, fd.as_fd(), EventData::new_u64(token), EventFlags::IN)
+        };
+        watch(&borrow(&*signals.vcpu_wake), VCPU_EVENT)?;
+        watch(&borrow(signals.output.wake()), OUTPUT)?;
+        watch(&borrow(&*signals.input_wanted), INPUT_WANTED)?;
+        watch(&outside.termination, SIGNAL)?;
+        let now = Instant::now();
+        Ok(Self {
+            config,
+            machine,
+            signals,
+            epoll,
+            clients,
+            console_log: outside.console_log,
+            termination: outside.termination,
+            phase: Phase::Paused,
+            started: now,
+            booted: now,
+            reboots: 0,
+            early_faults: 0,
+            flush_at: None,
+            input: VecDeque::new(),
+            retry_input_at: None,
+        })
+    }
+
+    /// Lets the guest run for the first time.
+    pub fn start(&mut self) -> Result<(), MachineError> {
+        self.machine.resume()?;
+        self.phase = Phase::Running;
+        (self.started, self.booted) = (Instant::now(), Instant::now());
+        Ok(())
+    }
+
+    /// Serves the VM to its end: when it returns the guest has stopped, its disks are flushed and all
+    /// watchers know.
+    pub fn run(mut self) -> ExitRecord {
+        let End(mut record) = loop {
+            if let Err(end) = self.round() {
+                break end;
+            }
+        };
+        self.phase = Phase::Stopping;
+        self.clients.announce(&Event::Phase(Phase::Stopping));
+        let Self { machine, mut clients, signals, mut console_log, .. } = self;
+        if let Err(error) = machine.stop() {
+            record.message = format!("{}; at the end: {error}: {}", record.message, source_of(&error));
+        }
+        clients.flush_consoles(&signals.output);
+        if let Some(log) = &mut console_log {
+            log.write_from(&signals.output, &mut vec![0; LOG_CHUNK_BYTES]);
+        }
+        clients.announce(&Event::Exit(record.clone()));
+        record
+    }
+
+    /// Waits for events and handles them.
+    fn round(&mut self) -> Result<(), End> {
+        let mut events: Vec<EpollEvent> = Vec::with_capacity(EVENTS_PER_ROUND);
+        let timeout = self.timeout();
+        match epoll::wait(&*self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(End::new(ExitReason::Internal, format!("wait for events: {errno}"))),
+        }
+        // What the guest did comes before what clients want of it.
+        if events.iter().any(|event| event.data.u64() == VCPU_EVENT) {
+            let _ = self.signals.vcpu_wake.read();
+            while let Ok(event) = self.signals.vcpu_events.try_recv() {
+                self.vcpu_event(event)?;
+            }
+        }
+        for event in events {
+            // The structure is packed: copy its fields.
+            let (token, flags) = (event.data.u64(), event.flags);
+            match token {
+                VCPU_EVENT => {}
+                LISTENER => self.clients.accept(),
+                OUTPUT => {
+                    let _ = self.signals.output.wake().read();
+                    self.flush_at.get_or_insert_with(|| Instant::now() + OUTPUT_DELAY);
+                }
+                INPUT_WANTED => {
+                    let _ = self.signals.input_wanted.read();
+                    self.type_in();
+                }
+                SIGNAL => self.signal()?,
+                client => self.client_event(client, flags)?,
+            }
+        }
+        let now = Instant::now();
+        if self.flush_at.is_some_and(|at| at <= now) {
+            self.flush_output();
+        }
+        if self.retry_input_at.is_some_and(|at| at <= now) {
+            self.type_in();
+        }
+        Ok(())
+    }
+
+    fn timeout(&self) -> Option<Timespec> {
+        let at = [self.flush_at, self.retry_input_at].into_iter().flatten().min()?;
+        let left = at.saturating_duration_since(Instant::now());
+        // Rounded up to milliseconds, so that the loop doesn't spin through the last fraction.
+        let left_ms = left.as_micros().div_ceil(1000) as i64;
+        Some(Timespec { tv_sec: left_ms / 1000, tv_nsec: left_ms % 1000 * 1_000_000 })
+    }
+
+    fn flush_output(&mut self) {
+        self.flush_at = None;
+        self.signals.output.acknowledge();
+        if let Some(log) = &mut self.console_log {
+            log.write_from(&self.signals.output, &mut [0; LOG_CHUNK_BYTES]);
+        }
+        self.clients.flush_consoles(&self.signals.output);
+    }
+
+    fn type_in(&mut self) {
+        self.retry_input_at = None;
+        let taken = self.machine.type_in(self.input.make_contiguous());
+        self.input.drain(..taken);
+        if !self.input.is_empty() && taken == 0 {
+            self.retry_input_at = Some(Instant::now() + INPUT_RETRY);
+        }
+        self.clients.hold_input(!self.input.is_empty());
+    }
+
+    /// SIGTERM comes from whoever shuts the host down: an orderly end is better than being killed.
+    fn signal(&mut self) -> Result<(), End> {
+        let mut info = [0; size_of::<libc::signalfd_siginfo>()];
+        match rustix::io::read(&self.termination, &mut info) {
+            Ok(_) => Err(End::new(ExitReason::Stopped, "SIGTERM")),
+            Err(_) => Ok(()),
+        }
+    }
+
+    fn vcpu_event(&mut self, event: VcpuEvent) -> Result<(), End> {
+        match event {
+            VcpuEvent::Reset => self.reset(),
+            VcpuEvent::PowerOff => Err(End::new(ExitReason::GuestPowerOff, "the guest powered itself off")),
+            VcpuEvent::TripleFault => {
+                let early = self.booted.elapsed() < EARLY_FAULT;
+                self.early_faults = if early { self.early_faults + 1 } else { 0 };
+                if self.early_faults >= EARLY_FAULTS_MAX {
+                    let message = format!("{EARLY_FAULTS_MAX} triple faults right after the start");
+                    return Err(End::new(ExitReason::GuestFault, message));
+                }
+                self.reset()
+            }
+            VcpuEvent::GuestFault(message) => Err(End::new(ExitReason::GuestFault, message)),
+            VcpuEvent::Failed(message) => Err(End::new(ExitReason::Internal, message)),
+        }
+    }
+
+    /// Resets the machine; a paused one stays paused.
+    fn reset(&mut self) -> Result<(), End> {
+        self.machine.reset()?;
+        // All vCPUs stand at the start: what they said before is void, but for failures.
+        while let Ok(event) = self.signals.vcpu_events.try_recv() {
+            if let VcpuEvent::Failed(message) = event {
+                return Err(End::new(ExitReason::Internal, message));
+            }
+        }
+        self.reboots += 1;
+        self.booted = Instant::now();
+        if self.phase == Phase::Running {
+            self.machine.resume()?;
+        }
+        self.clients.announce(&Event::Rebooted);
+        Ok(())
+    }
+
+    fn client_event(&mut self, client: u64, flags: EventFlags) -> Result<(), End> {
+        match self.clients.serve(client, flags, &self.signals.output) {
+            Received::Nothing => Ok(()),
+            Received::Input(bytes) => {
+                self.input.extend(bytes);
+                self.type_in();
+                Ok(())
+            }
+            Received::Request { client, verb, fds } => self.request(client, verb, fds),
+        }
+    }
+
+    fn request(&mut self, client: u64, verb: Verb, fds: Vec<OwnedFd>) -> Result<(), End> {
+        let wanted = usize::from(matches!(verb, Verb::ReplaceTap { .. }));
+        if fds.len() != wanted {
+            let message = format!("the request needs {wanted} descriptors and came with {}", fds.len());
+            self.clients.respond(client, &Response::Error { message });
+            return Ok(());
+        }
+        let response = match verb {
+            Verb::Get => Response::State(Box::new(self.state())),
+            Verb::PowerButton => answer(self.machine.press_power_button()),
+            Verb::Stop => {
+                // The end of the connection is the end of the process.
+                self.clients.respond(client, &Response::Done);
+                return Err(End::new(ExitReason::Stopped, "stopped on request"));
+            }
+            Verb::Pause => {
+                self.machine.pause()?;
+                self.set_phase(Phase::Paused);
+                Response::Done
+            }
+            Verb::Resume => {
+                self.machine.resume()?;
+                self.set_phase(Phase::Running);
+                Response::Done
+            }
+            Verb::Reboot => {
+                self.reset()?;
+                Response::Done
+            }
+            Verb::ResizeDisk { disk, capacity_bytes } => match self.machine.disk(&disk) {
+                Some(handle) => answer(handle.resize(capacity_bytes)),
+                None => Response::Error { message: format!("this VM has no disk {disk:?}") },
+            },
+            Verb::ReplaceTap { nic } => self.replace_tap(&nic, fds),
+            Verb::ConsoleAttach { replay_bytes } => {
+                self.clients.attach_console(client, replay_bytes, &self.signals.output);
+                return Ok(());
+            }
+            Verb::Watch => {
+                self.clients.watch(client);
+                return Ok(());
+            }
+        };
+        self.clients.respond(client, &response);
+        Ok(())
+    }
+
+    fn set_phase(&mut self, phase: Phase) {
+        if self.phase != phase {
+            self.phase = phase;
+            self.clients.announce(&Event::Phase(phase));
+        }
+    }
+
+    fn state(&self) -> VmState {
+        VmState {
+            version: VERSION,
+            program: env!("CARGO_PKG_VERSION").to_owned(),
+            // Pids are positive and fit.
+            pid: std::process::id() as i32,
+            phase: self.phase,
+            uptime_ms: self.started.elapsed().as_millis() as u64,
+            reboots: self.reboots,
+            config: self.config.clone(),
+            disk_capacity_bytes: self.machine.disk_capacity_bytes(),
+        }
+    }
+
+    fn replace_tap(&mut self, nic: &str, fds: Vec<OwnedFd>) -> Response {
+        let Some(handle) = self.machine.nic(nic) else {
+            return Response::Error { message: format!("this VM has no NIC {nic:?}") };
+        };
+        // One descriptor came: the caller has counted.
+        let Some(tap) = fds.into_iter().next() else {
+            return Response::Error { message: "no descriptor came with the request".into() };
+        };
+        let name = match tap_name(&tap) {
+            Ok(name) => name,
+            Err(error) => return Response::Error { message: format!("the descriptor is no tap: {error}") },
+        };
+        let response = answer(handle.replace_tap(tap));
+        if response == Response::Done
+            && let Some(config) = self.config.nics.iter_mut().find(|config| config.name == nic)
+        {
+            config.tap = name;
+        }
+        response
+    }
+}
+
+/// How much output goes to the log in one write, in bytes.
+const LOG_CHUNK_BYTES: usize = 4096;
+
+fn answer<E: std::error::Error>(result: Result<(), E>) -> Response {
+    match result {
+        Ok(()) => Response::Done,
+        Err(error) if error.source().is_some() => {
+            Response::Error { message: format!("{error}: {}", source_of(&error)) }
+        }
+        Err(error) => Response::Error { message: error.to_string() },
+    }
+}
+
+fn borrow(event: &vmm_sys_util::eventfd::EventFd) -> std::os::fd::BorrowedFd<'_> {
+    // SAFETY: the descriptor is open as long as the event is borrowed.
+    unsafe { std::os::fd::BorrowedFd::borrow_raw(event.as_raw_fd()) }
+}
+
+/// `TUNGETIFF`: which interface a tap's descriptor belongs to.
+pub(super) const TUNGETIFF: u32 = 0x8004_54d2;
+
+fn tap_name(tap: &OwnedFd) -> io::Result<String> {
+    // SAFETY: an all-zero ifreq is a valid one.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // SAFETY: TUNGETIFF writes at most one ifreq to where we point.
+    if unsafe { libc::ioctl(tap.as_raw_fd(), TUNGETIFF.into(), &raw mut request) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let name: Vec<u8> =
+        request.ifr_name.iter().map(|&byte| byte as u8).take_while(|&byte| byte != 0).collect();
+    Ok(String::from_utf8_lossy(&name).into_owned())
+}

@@ -1,0 +1,313 @@
+//! One vCPU thread: runs the guest, answers its exits, obeys orders.
+//!
+//! A kick can't get lost: it sets `immediate_exit` in the vCPU's shared page and then sends a signal.
+//! If the vCPU is in the guest, the signal brings it out; if it is about to enter, KVM sees
+//! `immediate_exit` and returns at once; and the vCPU clears it only before it looks for new orders.
+
+use std::io;
+use std::ptr;
+use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+
+use kvm_bindings::{CpuId, kvm_run};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::bus::Bus;
+use super::cpu::state::InitialState;
+use super::cpu::{self, CpuError};
+use super::gate::{Gate, Order};
+use super::power::{self, PowerRequest};
+
+/// Deep enough for the devices' register handlers in debug builds; only touched pages count.
+const STACK_BYTES: usize = 256 * 1024;
+
+/// No instruction makes more accesses: the longest, `rep outs`, stops at a page of data.
+const UNFINISHED_ACCESSES_MAX: usize = 4096;
+
+/// What a vCPU tells the event loop. It has parked itself.
+#[derive(Debug, PartialEq, Eq)]
+pub enum VcpuEvent {
+    Reset,
+    PowerOff,
+    /// The guest's processor gave up (KVM_EXIT_SHUTDOWN). A PC resets itself then, and so do we.
+    TripleFault,
+    /// The guest did what KVM can't go on from.
+    GuestFault(String),
+    /// KVM, or we, failed.
+    Failed(String),
+}
+
+/// Where vCPUs put their events.
+#[derive(Clone)]
+pub struct EventSender {
+    pub queue: mpsc::Sender<VcpuEvent>,
+    pub wake: Arc<EventFd>,
+}
+
+impl EventSender {
+    fn send(&self, event: VcpuEvent) {
+        // If the event loop is gone the process is about to end.
+        let _ = self.queue.send(event);
+        let _ = self.wake.write(1);
+    }
+}
+
+/// What all vCPUs share.
+#[derive(Clone)]
+pub struct Shared {
+    pub gate: Arc<Gate>,
+    pub pio: Arc<Bus>,
+    pub mmio: Arc<Bus>,
+    pub events: EventSender,
+}
+
+/// A vCPU before its thread runs.
+pub struct Vcpu {
+    fd: VcpuFd,
+    index: u8,
+    initial: InitialState,
+    /// Whether the guest ran since the last reset.
+    has_run: bool,
+    shared: Shared,
+}
+
+impl Vcpu {
+    pub fn new(
+        fd: VcpuFd,
+        index: u8,
+        cpuid: &CpuId,
+        msr_indices: &[u32],
+        shared: Shared,
+    ) -> Result<Self, CpuError> {
+        // CPUID first: it decides which MSRs there are.
+        fd.set_cpuid2(cpuid).map_err(cpu::failed("set CPUID"))?;
+        cpu::state::prepare(&fd)?;
+        let initial = InitialState::save(&fd, msr_indices, index == 0)?;
+        Ok(Self { fd, index, initial, has_run: false, shared })
+    }
+
+    /// Starts the thread and waits until `start` has returned on it, before anything else; its error
+    /// is the result.
+    pub fn spawn(
+        mut self,
+        start: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> io::Result<VcpuHandle> {
+        let run: *mut kvm_run = self.fd.get_kvm_run();
+        // SAFETY: `run` points to the page that KVM shares with us, mapped as long as the VcpuFd lives.
+        let immediate_exit = unsafe { &raw mut (*run).immediate_exit };
+        let tid = Arc::new(AtomicI32::new(0));
+        let (report, started) = mpsc::sync_channel(1);
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{}", self.index))
+            .stack_size(STACK_BYTES)
+            .spawn({
+                let tid = tid.clone();
+                move || {
+                    // SAFETY: gettid has no preconditions.
+                    tid.store(unsafe { libc::gettid() }, Ordering::Release);
+                    let result = start();
+                    let ready = result.is_ok();
+                    // The spawner waits for it.
+                    let _ = report.send(result);
+                    drop(report);
+                    if ready {
+                        self.follow_orders();
+                    }
+                    self
+                }
+            })?;
+        started.recv().map_err(|_| io::Error::other("the thread ended at its start"))??;
+        Ok(VcpuHandle { thread, tid, immediate_exit })
+    }
+
+    fn follow_orders(&mut self) {
+        let mut seen = 0;
+        let mut parked = true;
+        loop {
+            let order = if parked {
+                Some(self.shared.gate.wait_newer(seen))
+            } else {
+                // Cleared before looking: an order given after this look brings a kick of its own.
+                self.fd.set_kvm_immediate_exit(0);
+                self.shared.gate.newer(seen)
+            };
+            if let Some((number, order)) = order {
+                let was_run = seen > 0 && parked;
+                seen = number;
+                match order {
+                    Order::Park => parked = true,
+                    Order::Reset(entry) => {
+                        parked = true;
+                        if let Err(error) = self.reset(entry) {
+                            self.fail(&error.to_string());
+                        }
+                    }
+                    Order::Run => {
+                        if was_run {
+                            // Tells the guest's watchdogs that it was stopped. Without kvmclock in the
+                            // guest KVM answers EINVAL, and there is nothing to tell.
+                            let _ = self.fd.kvmclock_ctrl();
+                        }
+                        parked = false;
+                    }
+                    Order::End => return self.shared.gate.obeyed(number),
+                }
+                self.shared.gate.obeyed(number);
+                continue;
+            }
+            parked = self.run_guest() == Next::Park;
+        }
+    }
+
+    fn reset(&mut self, entry: super::boot::Entry) -> Result<(), CpuError> {
+        if std::mem::take(&mut self.has_run) {
+            self.finish_access();
+        }
+        self.initial.restore(&self.fd)?;
+        if self.index == 0 {
+            cpu::entry::apply(&self.fd, entry)?;
+        }
+        Ok(())
+    }
+
+    /// The instruction of the last exit is finished by KVM at the next entry: it must be before the
+    /// registers are set, or it would be finished with the new ones.
+    fn finish_access(&mut self) {
+        self.fd.set_kvm_immediate_exit(1);
+        for _ in 0..UNFINISHED_ACCESSES_MAX {
+            // An instruction that has several accesses exits for the next one; its data don't matter.
+            if self.fd.run().is_err() {
+                break;
+            }
+        }
+        self.fd.set_kvm_immediate_exit(0);
+    }
+
+    /// Runs the guest until an order may have come, or it can't go on.
+    fn run_guest(&mut self) -> Next {
+        self.has_run = true;
+        let run: *mut kvm_run = self.fd.get_kvm_run();
+        loop {
+            let event = match self.fd.run() {
+                Ok(VcpuExit::IoOut(port, data)) => {
+                    // SAFETY: `run` is the page shared with KVM, alive with `self.fd`; the exit is one of
+                    // port I/O, so the union holds `io`. The field is read by pointer, for `data`
+                    // borrows from the same mapping, though not from this field.
+                    let width = unsafe { ptr::addr_of!((*run).__bindgen_anon_1.io.size).read() };
+                    port_write(&self.shared.pio, port, data, width.into())
+                }
+                Ok(VcpuExit::IoIn(port, data)) => {
+                    // SAFETY: as above.
+                    let width = unsafe { ptr::addr_of!((*run).__bindgen_anon_1.io.size).read() };
+                    port_read(&self.shared.pio, port, data, width.into());
+                    None
+                }
+                Ok(VcpuExit::MmioRead(address, data)) => {
+                    self.shared.mmio.read(address, data);
+                    None
+                }
+                Ok(VcpuExit::MmioWrite(address, data)) => {
+                    self.shared.mmio.write(address, data);
+                    None
+                }
+                Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => return Next::LookForOrders,
+                Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => Some(VcpuEvent::TripleFault),
+                Ok(other) => Some(VcpuEvent::GuestFault(format!("vCPU {}: {other:?}", self.index))),
+                Err(error) if error.errno() == libc::EINTR => return Next::LookForOrders,
+                // A page of guest memory that a device of the host must fill isn't there yet, or an
+                // application processor waits for its start-up message.
+                Err(error) if error.errno() == libc::EAGAIN => None,
+                Err(error) => Some(VcpuEvent::Failed(format!("run vCPU {}: {error}", self.index))),
+            };
+            if let Some(event) = event {
+                self.shared.events.send(event);
+                return Next::Park;
+            }
+        }
+    }
+
+    fn fail(&self, message: &str) {
+        self.shared.events.send(VcpuEvent::Failed(format!("vCPU {}: {message}", self.index)));
+    }
+}
+
+#[derive(PartialEq, Eq)]
+enum Next {
+    LookForOrders,
+    Park,
+}
+
+/// A string instruction brings many accesses in one exit, `width` bytes each.
+fn port_write(pio: &Bus, port: u16, data: &[u8], width: usize) -> Option<VcpuEvent> {
+    for access in data.chunks(width.max(1)) {
+        match power::request(port, access) {
+            Some(PowerRequest::Reset) => return Some(VcpuEvent::Reset),
+            Some(PowerRequest::PowerOff) => return Some(VcpuEvent::PowerOff),
+            None => {
+                pio.write(port.into(), access);
+            }
+        }
+    }
+    None
+}
+
+fn port_read(pio: &Bus, port: u16, data: &mut [u8], width: usize) {
+    for access in data.chunks_mut(width.max(1)) {
+        match (power::read(port), &mut *access) {
+            (Some(value), [byte]) => *byte = value,
+            _ => {
+                pio.read(port.into(), access);
+            }
+        }
+    }
+}
+
+/// A running vCPU thread.
+pub struct VcpuHandle {
+    /// Gives the vCPU back, so that its shared page stays mapped as long as this handle may kick it.
+    thread: JoinHandle<Vcpu>,
+    tid: Arc<AtomicI32>,
+    immediate_exit: *mut u8,
+}
+
+impl VcpuHandle {
+    /// Brings the vCPU out of the guest, so that it looks for orders.
+    pub fn kick(&self) {
+        // SAFETY: the shared page is mapped until the VcpuFd is dropped, which the thread doesn't: it
+        // gives it back when it is joined. The byte is written by others too, hence the atomic.
+        unsafe { AtomicU8::from_ptr(self.immediate_exit) }.store(1, Ordering::SeqCst);
+        let tid = self.tid.load(Ordering::Acquire);
+        if tid != 0 {
+            // SAFETY: sends a signal whose handler does nothing to a thread of ours that is not joined.
+            // One that has already ended can't be mistaken for another: the thread group is given.
+            unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, kick_signal()) };
+        }
+    }
+
+    /// Waits for the thread's end; order [`Order::End`] first.
+    pub fn join(self) {
+        // A panic has already ended the process.
+        let _ = self.thread.join();
+    }
+}
+
+fn kick_signal() -> libc::c_int {
+    libc::SIGRTMIN()
+}
+
+extern "C" fn do_nothing(_: libc::c_int) {}
+
+/// Makes the kick's signal harmless; once per process, before the first vCPU runs.
+pub fn install_kick_handler() -> io::Result<()> {
+    // SAFETY: an all-zero sigaction is a valid one.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    // No SA_RESTART: the point is that KVM_RUN returns.
+    action.sa_sigaction = do_nothing as extern "C" fn(libc::c_int) as usize;
+    // SAFETY: the handler does nothing at all, so it is safe at any instant.
+    if unsafe { libc::sigaction(kick_signal(), &action, ptr::null_mut()) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
