@@ -30,8 +30,8 @@ impl fmt::Display for Path<'_> {
     }
 }
 
-/// Checks `node` against `shapes`. The value is given only where it is right in itself, though it may
-/// lack parts that were wrong: it is of use only if no error was reported.
+/// Checks `node` against `shapes`. What is wrong is reported; in the value it is left out or, where it is
+/// required, replaced by a stand-in: if an error was reported, the value serves to find more of them only.
 pub fn check(
     shapes: &Shapes,
     node: &Node<'_>,
@@ -62,19 +62,20 @@ impl<'s> Walk<'s, '_> {
                 self.count(items.len(), *min, *max, path, key);
                 let values = items.iter().enumerate().map(|(index, node)| {
                     let at = first_key(node).unwrap_or(node.span);
-                    self.value(*item, node, &Path::Item(path, index), at)
+                    let value = self.value(*item, node, &Path::Item(path, index), at);
+                    value.unwrap_or_else(|| self.stand_in(*item, 0))
                 });
-                // All items are looked at before one that failed ends the list.
-                let values: Vec<Option<Json>> = values.collect();
-                values.into_iter().collect::<Option<Vec<Json>>>().map(Json::Array)
+                Some(Json::Array(values.collect()))
             }
             (_, Value::Scalar(scalar)) => self.scalar(shape, scalar, node.span, path, key),
             (_, value) => {
                 let found = if matches!(value, Value::Map(_)) { "a mapping" } else { "a list" };
                 let at = first_key(node).unwrap_or(node.span);
                 let mut problem = Problem::error(at, must_be(path, &expected(self.shapes, shape), found));
-                if let (Form::Map(_), Value::Seq(_)) = (&shape.form, value) {
-                    problem = problem.hint("remove the `- `");
+                match (&shape.form, value) {
+                    (Form::Map(_), Value::Seq(_)) => problem = problem.hint("remove the `- `"),
+                    (Form::Seq { .. }, Value::Map(_)) => problem = problem.hint("begin each entry with `- `"),
+                    _ => {}
                 }
                 self.problems.push(problem);
                 None
@@ -94,9 +95,10 @@ impl<'s> Walk<'s, '_> {
 
     fn map(&mut self, form: &MapForm, entries: &[Entry<'_>], path: &Path<'_>, key: Span) -> Option<Json> {
         let mut values = Map::new();
-        let mut whole = true;
+        // Required fields that an unknown one was probably meant to be: said once is enough.
+        let mut meant: Vec<&str> = Vec::new();
         for entry in entries {
-            let path = Path::Field(path, &entry.key);
+            let below = Path::Field(path, &entry.key);
             let field = form.fields.iter().find(|field| field.name == entry.key);
             let id = match (field, form.others) {
                 (Some(field), _) => field.shape,
@@ -105,9 +107,14 @@ impl<'s> Walk<'s, '_> {
                     others
                 }
                 (None, None) => {
-                    let Path::Field(parent, _) = path else { continue };
-                    self.problems.push(unknown_field(entry, parent, form));
-                    whole = false;
+                    let names = form.fields.iter().map(|field| field.name.as_str());
+                    let near = suggest::nearest(&entry.key, names.clone());
+                    meant.extend(near);
+                    let problem = unknown_name(entry, &path.to_string(), names);
+                    self.problems.push(match self.elsewhere(form, &entry.key).filter(|_| near.is_none()) {
+                        Some(place) => problem.hint(format!("did you mean `{path}.{place}`?")),
+                        None => problem,
+                    });
                     continue;
                 }
             };
@@ -117,27 +124,62 @@ impl<'s> Walk<'s, '_> {
                 && !self.shapes.get(id).nullable
             {
                 if field.required {
-                    self.problems.push(
-                        Problem::error(entry.key_span, format!("`{path}` has no value"))
-                            .hint_maybe(about(field)),
-                    );
-                    whole = false;
+                    let problem = Problem::error(entry.key_span, format!("`{below}` has no value"));
+                    self.problems.push(problem.hint_maybe(about(field)));
                 }
                 continue;
             }
-            match self.value(id, &entry.value, &path, entry.key_span) {
-                Some(value) => drop(values.insert(entry.key.clone().into_owned(), value)),
-                None => whole = false,
+            if let Some(value) = self.value(id, &entry.value, &below, entry.key_span) {
+                values.insert(entry.key.clone().into_owned(), value);
             }
         }
         for field in form.fields.iter().filter(|field| field.required) {
-            if !entries.iter().any(|entry| entry.key == field.name) {
+            let declared = entries.iter().any(|entry| entry.key == field.name);
+            if !declared && !meant.contains(&field.name.as_str()) {
                 let message = format!("`{path}` lacks the field `{}`", field.name);
                 self.problems.push(Problem::error(key, message).hint_maybe(about(field)));
-                whole = false;
+            }
+            if !values.contains_key(&field.name) {
+                values.insert(field.name.clone(), self.stand_in(field.shape, 0));
             }
         }
-        whole.then_some(Json::Object(values))
+        Some(Json::Object(values))
+    }
+
+    /// Where among the parts of this mapping a field of that name is: `boot.kernel`, `disks[].volume`.
+    fn elsewhere(&self, form: &MapForm, name: &str) -> Option<String> {
+        form.fields.iter().find_map(|field| {
+            let (brackets, inner) = match &self.shapes.get(field.shape).form {
+                Form::Seq { item, .. } => ("[]", &self.shapes.get(*item).form),
+                inner => ("", inner),
+            };
+            let Form::Map(inner) = inner else { return None };
+            let found = inner.fields.iter().any(|field| field.name == name);
+            found.then(|| format!("{}{brackets}.{name}", field.name))
+        })
+    }
+
+    /// A value of the right form for what is missing or wrong (and reported as such), so that the rest
+    /// can still be decoded and all problems come in one run.
+    fn stand_in(&self, id: ShapeId, depth: usize) -> Json {
+        // A type that requires itself has no finite value; decoding will say so.
+        if depth > 16 {
+            return Json::Null;
+        }
+        match &self.shapes.get(id).form {
+            Form::Any => Json::Null,
+            Form::Bool => Json::Bool(false),
+            Form::Int { min, .. } => Json::from(i64::try_from(*min).unwrap_or(0).max(0)),
+            Form::Number { min, .. } => Json::from(min.max(0.0)),
+            Form::Text { choices, .. } => Json::from(choices.first().map_or("", String::as_str)),
+            Form::Seq { .. } => Json::Array(Vec::new()),
+            Form::OneOf(ids) => ids.first().map_or(Json::Null, |&id| self.stand_in(id, depth + 1)),
+            Form::Map(form) => {
+                let required = form.fields.iter().filter(|field| field.required);
+                let value = |field: &Field| (field.name.clone(), self.stand_in(field.shape, depth + 1));
+                Json::Object(required.map(value).collect())
+            }
+        }
     }
 
     /// Keys that the user chooses are texts: `yes: x` or `1: x` would be another key elsewhere.
@@ -174,11 +216,13 @@ impl<'s> Walk<'s, '_> {
                 if let Some(Surprise::Octal(octal)) = odd {
                     let message =
                         format!("`{path}`: `{text}` is {value} in YAML 1.2 and {octal} (octal) in YAML 1.1");
-                    self.problems
-                        .push(Problem::error(span, message).hint(format!("write {value} or 0o{octal:o}")));
+                    self.problems.push(
+                        Problem::error(span, message)
+                            .hint(format!("write {value}, or 0o{octal:o} if {octal} is meant")),
+                    );
                     return None;
                 }
-                return self.integer(value, *min, *max, span, path);
+                return self.integer(text, value, *min, *max, span, path);
             }
             (Form::Number { min, max }, Typed::Int(_) | Typed::Float(_)) => {
                 let value = match typed {
@@ -212,7 +256,15 @@ impl<'s> Walk<'s, '_> {
         None
     }
 
-    fn integer(&mut self, value: i128, min: i128, max: i128, span: Span, path: &Path<'_>) -> Option<Json> {
+    fn integer(
+        &mut self,
+        text: &str,
+        value: i128,
+        min: i128,
+        max: i128,
+        span: Span,
+        path: &Path<'_>,
+    ) -> Option<Json> {
         let json = i64::try_from(value).map(Json::from).or_else(|_| u64::try_from(value).map(Json::from));
         match json {
             Ok(json) if (min..=max).contains(&value) => Some(json),
@@ -222,7 +274,7 @@ impl<'s> Walk<'s, '_> {
                 } else {
                     format!("between {min} and {max}")
                 };
-                self.problems.push(Problem::error(span, format!("`{path}` is {value}; it must be {limits}")));
+                self.problems.push(Problem::error(span, format!("`{path}` is {text}; it must be {limits}")));
                 None
             }
         }
@@ -414,10 +466,6 @@ fn about(field: &Field) -> Option<String> {
     (!field.summary.is_empty()).then(|| format!("`{}`: {}", field.name, field.summary))
 }
 
-fn unknown_field(entry: &Entry<'_>, parent: &Path<'_>, form: &MapForm) -> Problem {
-    unknown_name(entry, &parent.to_string(), form.fields.iter().map(|field| field.name.as_str()))
-}
-
 /// An unknown field with what it may have been meant to be, and all that could stand there.
 pub fn unknown_name<'f>(
     entry: &Entry<'_>,
@@ -448,6 +496,9 @@ fn scalar_hint(form: &Form, typed: Typed, scalar: &Scalar<'_>, odd: Option<Surpr
             }
             Some(Surprise::Number) => Some("write the number in decimal digits, without `_`".to_owned()),
             _ if quoted && matches!(core(text), Typed::Int(_)) => Some(format!("remove the quotes: {text}")),
+            _ if text.starts_with(|c: char| c.is_ascii_digit()) => {
+                Some("write digits alone: the unit is in the field's description".to_owned())
+            }
             _ => None,
         },
         (Form::Int { .. }, Typed::Float(value)) if value.fract() == 0.0 && value.abs() < 1e15 => {
@@ -463,6 +514,13 @@ fn scalar_hint(form: &Form, typed: Typed, scalar: &Scalar<'_>, odd: Option<Surpr
             if choices.is_empty() =>
         {
             Some(format!("quote it: \"{text}\""))
+        }
+        (Form::Map(_), Typed::Text) if scalar.plain && text.contains(':') => {
+            Some("write a space after the `:`".to_owned())
+        }
+        (Form::Map(form), _) if form.others.is_none() => {
+            let names = form.fields.iter().map(|field| field.name.as_str());
+            Some(format!("it has the fields {}", suggest::list(names, "and")))
         }
         (Form::Seq { .. }, _) => Some("write it as an item of a list: `- …`".to_owned()),
         _ => None,

@@ -9,10 +9,11 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ops::Range;
 
-use granit_parser::{ErrorKind, Event, Parser, ScalarStyle, ScanError};
+use granit_parser::{Event, Parser, ScalarStyle};
 
 use super::Limits;
 use super::diagnostic::Severity;
+use super::syntax;
 use super::text::Span;
 
 /// A problem with a place in the text that is being looked at.
@@ -196,7 +197,7 @@ pub fn parse<'a>(text: &'a str, range: Range<usize>, limits: &Limits) -> Parsed<
     for event in Parser::new_from_str_with_options(document, options) {
         let done = match event {
             Ok((event, span)) => builder.event(event, span),
-            Err(error) => Err(syntax_problem(&error, document, base, limits)),
+            Err(error) => Err(syntax::problem(&error, document, base, limits)),
         };
         if let Err(problem) = done {
             builder.problems.push(problem);
@@ -383,8 +384,14 @@ impl<'a, 'l> Builder<'a, 'l> {
             && open.is_map
             && open.key.is_none()
         {
-            return Err(Problem::error(span, "a key must be a text, not a mapping or a list")
-                .hint("a value that begins with `{` or `[` must be quoted if it is meant as text"));
+            let before = (span.start as usize - self.base).saturating_sub(1);
+            let template = self.document.get(before..).is_some_and(|text| text.starts_with("{{"));
+            let hint = if template {
+                "is this a template that was not rendered?"
+            } else {
+                "a value that begins with `{` or `[` must be quoted if it is meant as text"
+            };
+            return Err(Problem::error(span, "a key must be a text, not a mapping or a list").hint(hint));
         }
         let (nodes_before, text_before) = (self.nodes, self.text_bytes);
         self.count(1, 0, span)?;
@@ -507,63 +514,5 @@ impl<'a, 'l> Builder<'a, 'l> {
         }
         open.entries.push(Entry { key, key_plain, key_span, value: node });
         Ok(())
-    }
-}
-
-fn syntax_problem(error: &ScanError, document: &str, base: usize, limits: &Limits) -> Problem {
-    let offset = error.marker().byte_offset().unwrap_or(0).min(document.len());
-    // At the end of the text the last line with something on it says more than the emptiness after it.
-    let at_end = document[offset..].trim().is_empty();
-    let offset = if at_end { document.trim_end().len().min(offset) } else { offset };
-    let span = Span::new(base + offset, base + offset + 1);
-    let (message, hint) = explain(error.kind(), document, offset, limits);
-    Problem::error(span, message).hint_maybe(hint)
-}
-
-/// What the parser's error means to somebody who writes manifests.
-fn explain(kind: &ErrorKind, document: &str, offset: usize, limits: &Limits) -> (String, Option<String>) {
-    let line_start = document[..offset].rfind('\n').map_or(0, |newline| newline + 1);
-    let line = document[line_start..].lines().next().unwrap_or("");
-    let indent = &line[..line.len() - line.trim_start().len()];
-    let with = |message: &str, hint: &str| (message.to_owned(), Some(hint.to_owned()));
-    if indent.contains('\t') {
-        return with("a tab in the indentation: YAML allows spaces only", "indent with two spaces");
-    }
-    match kind {
-        ErrorKind::TabNotAllowed
-        | ErrorKind::TabInBlockIndentation
-        | ErrorKind::TabInIndentation
-        | ErrorKind::TabAtBlockScalarStart
-        | ErrorKind::TabInPlainScalar => with("a tab where YAML allows spaces only", "replace it by spaces"),
-        ErrorKind::RecursionLimitExceeded => (format!("nested deeper than {} levels", limits.depth), None),
-        ErrorKind::MappingValueNotAllowed => with(
-            "a `key: value` can't stand here",
-            "a text that contains `: ` must be quoted; otherwise look at the indentation of this line and the one before",
-        ),
-        ErrorKind::UnclosedQuotedScalar => with("the quotation isn't closed", "write the closing quote"),
-        ErrorKind::UnclosedFlowCollection { open } => {
-            with(&format!("the `{open}` isn't closed"), "write the closing bracket")
-        }
-        ErrorKind::UnexpectedEofFlowMapping | ErrorKind::UnexpectedEofImplicitFlowMapping => {
-            with("the document ends within `{…}`", "write the closing `}`")
-        }
-        ErrorKind::UnexpectedEofFlowSequence => {
-            with("the document ends within `[…]`", "write the closing `]`")
-        }
-        ErrorKind::ExpectedBlockMappingKey => with(
-            "expected a `key: value` here",
-            "all keys of a mapping begin in the same column, and a list item begins with `- `",
-        ),
-        ErrorKind::SimpleKeyExpected => with("expected a `:` after the key", "write `key: value`"),
-        ErrorKind::UnexpectedCharacter { character } => (
-            format!("a value can't begin with `{character}`"),
-            Some("quote the text if it is meant as one".to_owned()),
-        ),
-        ErrorKind::UnknownQuotedScalarEscape => with(
-            "unknown escape in a double-quoted text",
-            "write `\\\\` for a backslash, or use single quotes, where nothing is escaped",
-        ),
-        ErrorKind::BomInsideDocument => with("a byte-order mark within a document", "remove it"),
-        kind => (format!("not YAML: {kind}"), None),
     }
 }

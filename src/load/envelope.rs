@@ -1,158 +1,18 @@
-//! What all manifests have in common: version, kind, metadata, `List`s; and the way of every document
-//! from its text to a `Manifest`.
+//! What all manifests have in common: version, kind, metadata; and the `List` that holds several.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
+use super::batch::Outcome;
 use super::check::{self, Path, first_key, is_null, scalar_type, unknown_name};
-use super::diagnostic::Diagnostic;
-use super::document::{self, Entry, Node, Problem, Value};
+use super::document::{Entry, Node, Problem, Value};
 use super::scalar::Typed;
 use super::shape::Shapes;
-use super::source::Sources;
 use super::text::{Origin, SourceFile, Span};
-use super::{API_VERSION, Loaded, Manifest, Options, suggest};
+use super::{API_VERSION, Manifest, Severity, labels, suggest};
 use crate::kinds;
 use crate::name::{Kind, ObjectId, ObjectName};
-
-/// All that came of one document.
-#[derive(Default)]
-struct Outcome {
-    manifests: Vec<Manifest>,
-    problems: Vec<Diagnostic>,
-    unusable: Vec<ObjectId>,
-}
-
-pub fn load_sources(sources: Sources, options: &Options) -> Loaded {
-    let mut jobs: Vec<(Arc<SourceFile>, Range<usize>)> = Vec::new();
-    for file in &sources.files {
-        jobs.extend(document::split(file.text()).into_iter().map(|range| (Arc::clone(file), range)));
-    }
-    let outcomes = run_all(&jobs, options);
-    let mut loaded = Loaded {
-        manifests: Vec::with_capacity(outcomes.len()),
-        problems: sources.problems,
-        unusable: BTreeSet::new(),
-        complete: true,
-        fingerprint: sources.fingerprint,
-    };
-    for outcome in outcomes {
-        loaded.manifests.extend(outcome.manifests);
-        loaded.problems.extend(outcome.problems);
-        loaded.unusable.extend(outcome.unusable);
-    }
-    refuse_duplicates(&mut loaded);
-    loaded.complete = !loaded.problems.iter().any(Diagnostic::is_error);
-    loaded
-}
-
-/// Documents up to which threads cost more than they save.
-const FEW_DOCUMENTS: usize = 64;
-/// Documents that a thread takes at a time.
-const BATCH: usize = 32;
-
-/// Loads each document, on all processors where that pays; outcomes are in the order of `jobs`.
-fn run_all(jobs: &[(Arc<SourceFile>, Range<usize>)], options: &Options) -> Vec<Outcome> {
-    let run = |job: &(Arc<SourceFile>, Range<usize>)| load_document(&job.0, job.1.clone(), options);
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(8);
-    if jobs.len() <= FEW_DOCUMENTS || threads == 1 {
-        return jobs.iter().map(run).collect();
-    }
-    let batches: Vec<_> = jobs.chunks(BATCH).collect();
-    let next = AtomicUsize::new(0);
-    let work = || {
-        let mut done = Vec::new();
-        loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            let Some(batch) = batches.get(index) else { return done };
-            done.push((index, batch.iter().map(run).collect::<Vec<_>>()));
-        }
-    };
-    let mut done: Vec<(usize, Vec<Outcome>)> = std::thread::scope(|scope| {
-        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
-        let mut done = work();
-        for thread in others {
-            match thread.join() {
-                Ok(part) => done.extend(part),
-                // A bug in here must not be taken for an empty source.
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
-        }
-        done
-    });
-    done.sort_unstable_by_key(|(index, _)| *index);
-    done.into_iter().flat_map(|(_, outcomes)| outcomes).collect()
-}
-
-/// Two manifests of one object: neither is taken, since nobody can say which was meant.
-fn refuse_duplicates(loaded: &mut Loaded) {
-    let mut first: HashMap<&ObjectId, usize> = HashMap::with_capacity(loaded.manifests.len());
-    let mut twice: BTreeSet<ObjectId> = BTreeSet::new();
-    for (index, manifest) in loaded.manifests.iter().enumerate() {
-        let Some(&before) = first.get(&manifest.id) else {
-            first.insert(&manifest.id, index);
-            continue;
-        };
-        twice.insert(manifest.id.clone());
-        let problem = manifest
-            .origin
-            .error("/metadata/name", format!("{} is declared twice", manifest.id))
-            .hint("rename one or remove it; until then neither is used")
-            .related(loaded.manifests[before].origin.at("/metadata/name"), "declared first here");
-        loaded.problems.push(problem);
-    }
-    if !twice.is_empty() {
-        loaded.manifests.retain(|manifest| !twice.contains(&manifest.id));
-        loaded.unusable.extend(twice);
-    }
-}
-
-fn load_document(file: &Arc<SourceFile>, range: Range<usize>, options: &Options) -> Outcome {
-    let mut outcome = Outcome::default();
-    let parsed = document::parse(file.text(), range.clone(), &options.limits);
-    let mut problems = parsed.problems;
-    let root = parsed.root.filter(|root| !is_null(root));
-    if let Some(root) = &root {
-        let mut reader = Reader { file, range, problems: &mut problems, outcome: &mut outcome };
-        match list_items(root) {
-            Some(items) => reader.list(root, items),
-            None => reader.object(root, ""),
-        }
-    }
-    // A key that stands twice leaves the value of the first: the object can't be trusted.
-    if problems.iter().any(|problem| problem.severity == super::Severity::Error) {
-        outcome
-            .unusable
-            .extend(std::mem::take(&mut outcome.manifests).into_iter().map(|manifest| manifest.id));
-    }
-    report(file, problems, options.limits.problems, &mut outcome);
-    outcome
-}
-
-/// Sorts a document's problems by place, drops what aliases repeat, and bounds their number.
-fn report(file: &SourceFile, mut problems: Vec<Problem>, max: usize, outcome: &mut Outcome) {
-    problems.sort_by_key(|problem| problem.span);
-    problems.dedup();
-    let more = problems.len().saturating_sub(max);
-    for problem in problems.into_iter().take(max) {
-        let mut diagnostic = Diagnostic { severity: problem.severity, ..Diagnostic::error(problem.message) }
-            .hint_maybe(problem.hint)
-            .at(file.place(problem.span));
-        for (span, message) in problem.related {
-            diagnostic = diagnostic.related(file.place(span).location, message);
-        }
-        outcome.problems.push(diagnostic);
-    }
-    if more > 0
-        && let Some(last) = outcome.problems.last()
-    {
-        let mut diagnostic = Diagnostic::error(format!("{more} more problems in this document"));
-        diagnostic.location = last.location.clone();
-        outcome.problems.push(diagnostic);
-    }
-}
 
 fn find<'n, 'a>(entries: &'n [Entry<'a>], key: &str) -> Option<&'n Entry<'a>> {
     entries.iter().find(|entry| entry.key == key)
@@ -165,11 +25,29 @@ fn text_of<'n>(node: &'n Node<'_>) -> Option<&'n str> {
     }
 }
 
-/// The items of a `kind: List`, as `kubectl get -o yaml` writes it.
-fn list_items<'n, 'a>(root: &'n Node<'a>) -> Option<&'n Entry<'a>> {
-    let entries = root.entries()?;
-    let is_list = find(entries, "kind").and_then(|entry| text_of(&entry.value)) == Some("List");
-    if is_list { find(entries, "items") } else { None }
+/// Whether this is a `kind: List`, as `kubectl get -o yaml` writes it.
+fn is_list(root: &Node<'_>) -> bool {
+    let kind = root.entries().and_then(|entries| find(entries, "kind"));
+    kind.and_then(|entry| text_of(&entry.value)) == Some("List")
+}
+
+/// Reads the manifests of one document.
+pub fn read(
+    file: &Arc<SourceFile>,
+    range: Range<usize>,
+    root: &Node<'_>,
+    problems: &mut Vec<Problem>,
+    outcome: &mut Outcome,
+) {
+    // `---` and nothing, or `null`: there is no manifest here.
+    if is_null(root) {
+        return;
+    }
+    let mut reader = Reader { file, range, problems, outcome };
+    match root.entries() {
+        Some(entries) if is_list(root) => reader.list(entries),
+        _ => reader.object(root, ""),
+    }
 }
 
 struct Reader<'r> {
@@ -180,8 +58,8 @@ struct Reader<'r> {
 }
 
 impl Reader<'_> {
-    fn list(&mut self, root: &Node<'_>, items: &Entry<'_>) {
-        for entry in root.entries().into_iter().flatten() {
+    fn list(&mut self, entries: &[Entry<'_>]) {
+        for entry in entries {
             match entry.key.as_ref() {
                 "apiVersion" if matches!(text_of(&entry.value), Some("v1" | API_VERSION)) => {}
                 "apiVersion" => self.problems.push(
@@ -193,6 +71,11 @@ impl Reader<'_> {
                 _ => self.problems.push(unknown_name(entry, "", ["apiVersion", "kind", "items"].into_iter())),
             }
         }
+        let Some(items) = find(entries, "items") else {
+            let place = entries.first().map_or(Span::new(0, 0), |entry| entry.key_span);
+            let problem = Problem::error(place, "a `List` lacks the field `items`");
+            return self.problems.push(problem.hint("write `items:` with a list of manifests"));
+        };
         match &items.value.value {
             Value::Seq(objects) => {
                 for (index, object) in objects.iter().enumerate() {
@@ -212,49 +95,65 @@ impl Reader<'_> {
                 _ => "a single value",
             };
             let problem = Problem::error(node.span, format!("a manifest is a mapping, but this is {found}"));
-            self.problems.push(problem.hint("it begins with `apiVersion:`, `kind:`, `metadata:` and `spec:`; several are separated by `---` lines"));
+            self.problems.push(problem.hint(MANIFEST_HINT));
             return;
         };
         let before = self.problems.len();
         let place = first_key(node).unwrap_or(node.span);
         self.unknown_fields(entries);
-        self.version(entries, place);
-        let kind = self.kind(entries, place);
-        let (name, labels, annotations) = self.metadata(entries, place);
-        let spec = kind.and_then(|kind| self.spec(kind, entries, place));
+        self.missing_fields(entries, place);
+        self.version(entries);
+        let kind = self.kind(entries);
+        let (name, labels, annotations) = self.metadata(entries);
+        let spec = kind.and_then(|kind| self.spec(kind, entries));
         let (Some(kind), Some(name)) = (kind, name) else { return };
         let id = ObjectId::new(kind, name);
-        let good = !self.problems[before..].iter().any(|problem| problem.severity == super::Severity::Error);
-        match spec {
-            Some(spec) if good => {
-                let origin = Origin::new(Arc::clone(self.file), self.range.clone(), place, prefix);
-                self.outcome.manifests.push(Manifest { id, labels, annotations, spec, origin });
-            }
-            _ => self.outcome.unusable.push(id),
+        let origin = Origin::new(Arc::clone(self.file), self.range.clone(), place, prefix);
+        self.outcome.declared.push((id.clone(), origin.clone()));
+        if let Some(spec) = spec
+            && !has_error(&self.problems[before..])
+        {
+            self.outcome.manifests.push(Manifest { id, labels, annotations, spec, origin });
         }
     }
 
     fn unknown_fields(&mut self, entries: &[Entry<'_>]) {
         // `status` is what a server or `vmctl get -o yaml` wrote: not an instruction, so not read.
-        let known = ["apiVersion", "kind", "metadata", "spec", "status"];
-        for entry in entries.iter().filter(|entry| !known.contains(&entry.key.as_ref())) {
-            self.problems.push(unknown_name(entry, "", known[..4].iter().copied()));
+        let known = |entry: &&Entry<'_>| FIELDS.contains(&entry.key.as_ref()) || entry.key == "status";
+        for entry in entries.iter().filter(|entry| !known(entry)) {
+            self.problems.push(unknown_name(entry, "", FIELDS.into_iter()));
         }
     }
 
-    /// The text of a field that every manifest has.
-    fn required_text<'n>(
-        &mut self,
-        entries: &'n [Entry<'_>],
-        name: &str,
-        place: Span,
-        hint: &str,
-    ) -> Option<(&'n str, Span)> {
-        let Some(entry) = find(entries, name) else {
-            self.problems
-                .push(Problem::error(place, format!("the manifest lacks the field `{name}`")).hint(hint));
-            return None;
+    /// All fields that every manifest has and this one lacks, as one problem: most often the text is no
+    /// manifest at all.
+    fn missing_fields(&mut self, entries: &[Entry<'_>], place: Span) {
+        let lacks = |name: &&str| {
+            let misspelt = |entry: &Entry<'_>| suggest::nearest(&entry.key, FIELDS) == Some(*name);
+            !entries.iter().any(|entry| entry.key == *name || misspelt(entry))
         };
+        let missing: Vec<&str> = FIELDS.into_iter().filter(lacks).collect();
+        let kind = find(entries, "kind").and_then(|entry| text_of(&entry.value));
+        let hint = match missing[..] {
+            [] => return,
+            ["apiVersion"] => format!("write `apiVersion: {API_VERSION}`"),
+            ["kind"] => all_kinds(),
+            ["metadata"] => "write `metadata: {name: …}`".to_owned(),
+            ["spec"] => format!(
+                "`vmctl explain {}` lists its fields; `spec: {{}}` leaves all at their defaults",
+                kind.unwrap_or("KIND")
+            ),
+            _ => MANIFEST_HINT.to_owned(),
+        };
+        let plural = if missing.len() == 1 { "field" } else { "fields" };
+        let missing = suggest::list(missing.iter().copied(), "and");
+        self.problems
+            .push(Problem::error(place, format!("the manifest lacks the {plural} {missing}")).hint(hint));
+    }
+
+    /// The text of a field that every manifest has; None if it is missing or none.
+    fn text<'n>(&mut self, entries: &'n [Entry<'_>], name: &str, hint: &str) -> Option<(&'n str, Span)> {
+        let entry = find(entries, name)?;
         if let Some(text) = text_of(&entry.value) {
             return Some((text, entry.value.span));
         }
@@ -263,9 +162,9 @@ impl Reader<'_> {
         None
     }
 
-    fn version(&mut self, entries: &[Entry<'_>], place: Span) {
+    fn version(&mut self, entries: &[Entry<'_>]) {
         let hint = format!("write `apiVersion: {API_VERSION}`");
-        let Some((text, span)) = self.required_text(entries, "apiVersion", place, &hint) else { return };
+        let Some((text, span)) = self.text(entries, "apiVersion", &hint) else { return };
         if text == API_VERSION {
             return;
         }
@@ -278,10 +177,9 @@ impl Reader<'_> {
         self.problems.push(Problem::error(span, message).hint(hint));
     }
 
-    fn kind(&mut self, entries: &[Entry<'_>], place: Span) -> Option<Kind> {
-        let all = suggest::list(Kind::ALL.into_iter().map(Kind::as_str), "or");
-        let hint = format!("it can be {all}");
-        let (text, span) = self.required_text(entries, "kind", place, &hint)?;
+    fn kind(&mut self, entries: &[Entry<'_>]) -> Option<Kind> {
+        let hint = all_kinds();
+        let (text, span) = self.text(entries, "kind", &hint)?;
         if let Ok(kind) = text.parse::<Kind>() {
             return Some(kind);
         }
@@ -289,10 +187,7 @@ impl Reader<'_> {
             .map(Kind::as_str)
             .or_else(|| suggest::nearest(text, Kind::ALL.into_iter().map(Kind::as_str)));
         let (message, hint) = match (text, near) {
-            ("List", _) => (
-                "a `List` needs `items` and can't be within another".to_owned(),
-                "write `items:` with manifests".to_owned(),
-            ),
+            ("List", _) => ("a `List` can't be within another".to_owned(), hint),
             (_, Some(near)) => {
                 (format!("unknown kind `{text}`"), format!("did you mean `{near}`? {}", capital(&hint)))
             }
@@ -306,14 +201,9 @@ impl Reader<'_> {
     fn metadata(
         &mut self,
         entries: &[Entry<'_>],
-        place: Span,
     ) -> (Option<ObjectName>, BTreeMap<String, String>, BTreeMap<String, String>) {
         let mut found = (None, BTreeMap::new(), BTreeMap::new());
         let Some(metadata) = find(entries, "metadata") else {
-            self.problems.push(
-                Problem::error(place, "the manifest lacks the field `metadata`")
-                    .hint("write `metadata: {name: …}`"),
-            );
             return found;
         };
         let Some(fields) = metadata.value.entries() else {
@@ -324,7 +214,7 @@ impl Reader<'_> {
         for entry in fields {
             match entry.key.as_ref() {
                 "name" => {}
-                "labels" => found.1 = self.text_map(entry, "metadata.labels", check_label_value),
+                "labels" => found.1 = self.text_map(entry, "metadata.labels", labels::check_value),
                 "annotations" => found.2 = self.text_map(entry, "metadata.annotations", |_| Ok(())),
                 "namespace" => self.problems.push(
                     Problem::error(entry.key_span, "vmctl has no namespaces")
@@ -350,6 +240,10 @@ impl Reader<'_> {
 
     fn name(&mut self, fields: &[Entry<'_>], place: Span) -> Option<ObjectName> {
         let Some(entry) = find(fields, "name") else {
+            let known = ["name", "labels", "annotations"];
+            if fields.iter().any(|field| suggest::nearest(&field.key, known) == Some("name")) {
+                return None;
+            }
             self.problems.push(Problem::error(place, "`metadata` lacks the field `name`").hint(NAME_HINT));
             return None;
         };
@@ -394,7 +288,7 @@ impl Reader<'_> {
             return found;
         };
         for pair in entry.value.entries().into_iter().flatten() {
-            if let Err(message) = check_label_key(&pair.key) {
+            if let Err(message) = labels::check_key(&pair.key) {
                 self.problems.push(Problem::error(
                     pair.key_span,
                     format!("`{name}`: the key `{}` {message}", pair.key),
@@ -416,13 +310,8 @@ impl Reader<'_> {
         found
     }
 
-    fn spec(&mut self, kind: Kind, entries: &[Entry<'_>], place: Span) -> Option<kinds::Spec> {
-        let Some(entry) = find(entries, "spec") else {
-            self.problems.push(Problem::error(place, "the manifest lacks the field `spec`").hint(format!(
-                "`vmctl explain {kind}.spec` lists its fields; `spec: {{}}` leaves all at their defaults"
-            )));
-            return None;
-        };
+    fn spec(&mut self, kind: Kind, entries: &[Entry<'_>]) -> Option<kinds::Spec> {
+        let entry = find(entries, "spec")?;
         if is_null(&entry.value) {
             self.problems.push(
                 Problem::error(entry.key_span, "`spec` is empty")
@@ -433,20 +322,58 @@ impl Reader<'_> {
         let before = self.problems.len();
         let path = Path::Field(&Path::Root, "spec");
         let value = check::check(Shapes::of(kind), &entry.value, path, entry.key_span, self.problems)?;
-        if self.problems[before..].iter().any(|problem| problem.severity == super::Severity::Error) {
-            return None;
+        let sound = !has_error(&self.problems[before..]);
+        let found = match kinds::decode(kind, value) {
+            Ok(spec) if sound => return Some(spec),
+            Ok(_) => return None,
+            Err(found) => found,
+        };
+        let mut more = Vec::new();
+        for problem in found {
+            let (span, exact) = locate(entry, &problem.pointer);
+            // In a spec with errors only what is wrong with a text or number that was really written.
+            let known = |before: &Problem| before.span == span && before.severity == Severity::Error;
+            if sound || (exact && !self.problems[before..].iter().any(known)) {
+                let message = format!("`{}`: {}", dotted(&problem.pointer), problem.message);
+                more.push(Problem::error(span, message).hint_maybe(problem.hint));
+            }
         }
-        match kinds::decode(kind, value) {
-            Ok(spec) => Some(spec),
-            Err(found) => {
-                for problem in found {
-                    let span = locate(entry, &problem.pointer);
-                    self.problems.push(Problem::error(span, problem.message).hint_maybe(problem.hint));
-                }
-                None
+        // Whoever must rewrite a value needs no warning of how it is written.
+        self.problems.retain(|before| {
+            before.severity == Severity::Error || more.iter().all(|problem| problem.span != before.span)
+        });
+        self.problems.extend(more);
+        None
+    }
+}
+
+pub fn has_error(problems: &[Problem]) -> bool {
+    problems.iter().any(|problem| problem.severity == Severity::Error)
+}
+
+/// `/disks/0/volume` as `spec.disks[0].volume`.
+fn dotted(pointer: &str) -> String {
+    let mut text = "spec".to_owned();
+    for token in pointer.split('/').skip(1) {
+        match token.parse::<usize>() {
+            Ok(index) => text.push_str(&format!("[{index}]")),
+            Err(_) => {
+                text.push('.');
+                text.push_str(&token.replace("~1", "/").replace("~0", "~"));
             }
         }
     }
+    text
+}
+
+/// The fields of a manifest.
+const FIELDS: [&str; 4] = ["apiVersion", "kind", "metadata", "spec"];
+
+const MANIFEST_HINT: &str =
+    "a manifest has `apiVersion:`, `kind:`, `metadata:` and `spec:`; several are separated by `---` lines";
+
+fn all_kinds() -> String {
+    format!("it can be {}", suggest::list(Kind::ALL.into_iter().map(Kind::as_str), "or"))
 }
 
 const NAME_HINT: &str = "a name has 1 to 63 lower-case letters, digits and `-`, such as `web-1`";
@@ -471,8 +398,8 @@ fn suggest_name(text: &str) -> Option<String> {
 }
 
 /// The span that a pointer within the spec means: of a value, or of the key where it is a collection;
-/// for what isn't there, of the nearest that holds it.
-fn locate(spec: &Entry<'_>, pointer: &str) -> Span {
+/// for what isn't there, of the nearest that holds it. And whether it is just that value.
+fn locate(spec: &Entry<'_>, pointer: &str) -> (Span, bool) {
     let mut node = &spec.value;
     let mut key = spec.key_span;
     let mut missing = false;
@@ -494,8 +421,8 @@ fn locate(spec: &Entry<'_>, pointer: &str) -> Span {
         (node, key) = (below, at);
     }
     match &node.value {
-        Value::Scalar(_) if !missing && !is_null(node) => node.span,
-        _ => key,
+        Value::Scalar(_) if !missing && !is_null(node) => (node.span, true),
+        _ => (key, false),
     }
 }
 
@@ -508,48 +435,4 @@ fn text_map_shape() -> &'static Shapes {
     static SHAPE: std::sync::OnceLock<Shapes> = std::sync::OnceLock::new();
     let schema = || serde_json::json!({"type": "object", "additionalProperties": {"type": "string"}});
     SHAPE.get_or_init(|| Shapes::compile(&schema()))
-}
-
-/// The name part of a label key, or a label value: Kubernetes' "qualified name".
-fn check_name_part(text: &str) -> Result<(), String> {
-    let alnum = |byte: &u8| byte.is_ascii_alphanumeric();
-    let bytes = text.as_bytes();
-    if bytes.len() > 63 {
-        return Err(format!("has {} bytes; at most 63 are allowed", bytes.len()));
-    }
-    if !bytes.iter().all(|byte| alnum(byte) || matches!(byte, b'-' | b'_' | b'.')) {
-        return Err("may only hold letters, digits, `-`, `_` and `.`".to_owned());
-    }
-    if !bytes.first().is_none_or(alnum) || !bytes.last().is_none_or(alnum) {
-        return Err("must begin and end with a letter or a digit".to_owned());
-    }
-    Ok(())
-}
-
-fn check_label_value(text: &str) -> Result<(), String> {
-    check_name_part(text)
-}
-
-/// `[prefix/]name`, the prefix a DNS name.
-fn check_label_key(key: &str) -> Result<(), String> {
-    let (prefix, name) = match key.split_once('/') {
-        Some((prefix, name)) => (Some(prefix), name),
-        None => (None, key),
-    };
-    if name.is_empty() {
-        return Err("has no name".to_owned());
-    }
-    if let Some(prefix) = prefix {
-        let good = |label: &str| {
-            let bytes = label.as_bytes();
-            let alnum = |byte: &u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
-            bytes.iter().all(|byte| alnum(byte) || *byte == b'-')
-                && bytes.first().is_some_and(alnum)
-                && bytes.last().is_some_and(alnum)
-        };
-        if prefix.len() > 253 || !prefix.split('.').all(good) {
-            return Err("has a prefix that is not a DNS name such as `example.org`".to_owned());
-        }
-    }
-    check_name_part(name)
 }

@@ -9,15 +9,19 @@
 //! twice; that is `resolve`'s work. Input is hostile until proven otherwise: every size is bounded
 //! (`Limits`), and no input makes this room panic.
 
+mod batch;
 mod check;
 pub mod diagnostic;
 mod document;
 mod envelope;
+pub mod explain;
+mod labels;
 mod scalar;
 pub mod schema;
 mod shape;
 pub mod source;
 mod suggest;
+mod syntax;
 mod text;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -27,6 +31,7 @@ use crate::kinds::Spec;
 use crate::name::{ObjectId, Sha256};
 
 pub use diagnostic::{Diagnostic, Location, Related, Severity, Snippet};
+pub use explain::{Explanation, explain};
 pub use text::{Origin, SourceFile};
 
 /// The only version of manifests so far.
@@ -66,6 +71,8 @@ pub struct Limits {
     pub depth: usize,
     /// Problems that one document may report before the rest are only counted.
     pub problems: usize,
+    /// And all documents together: nobody reads more, and a broken generator would fill the memory.
+    pub problems_total: usize,
 }
 
 impl Default for Limits {
@@ -80,6 +87,7 @@ impl Default for Limits {
             nodes: 100_000,
             depth: 64,
             problems: 200,
+            problems_total: 5_000,
         }
     }
 }
@@ -117,5 +125,5 @@ pub struct Loaded {
 /// Reads and checks all inputs. Never fails as a whole: see `Loaded::complete`.
 pub fn load(inputs: &[Input], options: &Options) -> Loaded {
     let sources = source::read(inputs, &options.limits);
-    envelope::load_sources(sources, options)
+    batch::load_sources(sources, options)
 }

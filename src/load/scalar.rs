@@ -188,7 +188,7 @@ mod tests {
             ("089", Some(Surprise::Number)),
             ("0", None),
             ("12:30:00", Some(Surprise::Sexagesimal(45000))),
-            ("52:54:00:12:34:56", Some(Surprise::Sexagesimal(40_999_235_696))),
+            ("52:54:00:12:34:56", Some(Surprise::Sexagesimal(41_135_085_296))),
             ("52:54:00:12:34:ab", None),
             ("12:60", None),
             ("1_000", Some(Surprise::Number)),

@@ -38,6 +38,9 @@ pub struct Sources {
 /// How often a directory that changes while it is read is read again.
 const ATTEMPTS: usize = 4;
 
+/// The first wait before that; it grows with each attempt.
+const PAUSE: std::time::Duration = std::time::Duration::from_millis(5);
+
 /// Reads all inputs within `limits`.
 pub fn read(inputs: &[Input], limits: &Limits) -> Sources {
     let mut reader = Reader {
@@ -188,6 +191,8 @@ impl Reader<'_> {
                 }
             }
             if tree.unsteady && attempt < ATTEMPTS {
+                // Long enough for a writer of a few files, short enough for a person who waits.
+                std::thread::sleep(PAUSE * attempt as u32);
                 continue;
             }
             if tree.unsteady {
@@ -222,8 +227,7 @@ impl Reader<'_> {
         // A directory that was removed while it was open lists nothing, and has no links.
         tree.unsteady |= Identity::of(&after) != before || after.st_nlink == 0;
         let still = |(path, identity): &(PathBuf, Identity)| {
-            let now =
-                walk.open(path, OFlags::PATH | OFlags::CLOEXEC).and_then(|fd| Ok(rustix::fs::fstat(fd)?));
+            let now = walk.open(path, OFlags::PATH | OFlags::CLOEXEC).and_then(rustix::fs::fstat);
             now.is_ok_and(|stat| Identity::of(&stat) == *identity)
         };
         tree.unsteady |= !tree.opened.iter().all(still);
@@ -538,3 +542,7 @@ fn decode(raw: RawFile) -> Result<SourceFile, Box<Diagnostic>> {
         })
     })
 }
+
+#[cfg(test)]
+#[path = "source_tests.rs"]
+mod tests;
