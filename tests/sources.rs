@@ -390,7 +390,8 @@ fn a_directory_that_comes_and_goes_is_whole_or_incomplete() {
     revision(&scratch, "live", 0);
     while_written(&scratch.path("live"), 8, |round| {
         revision(&scratch, "next", round + 1);
-        fs::remove_dir_all(scratch.path("live")).unwrap();
+        fs::rename(scratch.path("live"), scratch.path("old")).unwrap();
+        fs::remove_dir_all(scratch.path("old")).unwrap();
         fs::rename(scratch.path("next"), scratch.path("live")).unwrap();
     });
 }
