@@ -484,7 +484,7 @@ fn first_refusal(doings: Vec<Doing>, answers: Vec<Answer>) -> Result<(), Failed>
     Ok(())
 }
 
-fn random_index() -> io::Result<u32> {
+pub fn random_index() -> io::Result<u32> {
     let mut bytes = [0; 4];
     rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
     Ok(INDEXES.start + u32::from_ne_bytes(bytes) % (INDEXES.end - INDEXES.start))
