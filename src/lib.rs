@@ -2,7 +2,14 @@
 //!
 //! The map and the invariants are in `ARCHITECTURE.md`.
 
+pub mod agent;
+pub mod execute;
 pub mod host;
-
+pub mod kinds;
+pub mod load;
 pub mod name;
+pub mod pipeline;
+pub mod plan;
+pub mod report;
+pub mod resolve;
 pub mod vmm;

@@ -5,6 +5,7 @@
 
 pub mod error;
 pub mod linux;
+pub mod sim;
 pub mod snapshot;
 pub mod step;
 

@@ -257,3 +257,73 @@ impl Step {
         }
     }
 }
+
+/// What a step does, for a person: `create bridge brvlan10`.
+impl std::fmt::Display for Step {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::CreateLink(new) => match &new.kind {
+                NewLinkKind::Bridge(_) => write!(f, "create bridge {}", new.name),
+                NewLinkKind::Vlan { parent, id, .. } => {
+                    write!(f, "create {} as VLAN {id} on {parent}", new.name)
+                }
+                NewLinkKind::Tap => write!(f, "create tap {}", new.name),
+            },
+            Self::DeleteLink { link, .. } => write!(f, "delete {link}"),
+            Self::MarkLink { link, .. } => write!(f, "mark {link} as vmctl's"),
+            Self::UnmarkLink { link, .. } => write!(f, "take vmctl's mark off {link}"),
+            Self::SetLink { link, change } => write!(f, "set {change} on {link}"),
+            Self::AddAddress { link, address } => write!(f, "add {address} to {link}"),
+            Self::RemoveAddress { link, address } => write!(f, "remove {address} from {link}"),
+            Self::CreatePool { path, .. } => write!(f, "make {} a pool", path.display()),
+            Self::ForgetPool { path, .. } => write!(f, "forget the pool {}", path.display()),
+            Self::ImportImage { source, .. } => write!(f, "import {}", source.display()),
+            Self::DeleteImage { image, .. } => write!(f, "delete {}", image.path().display()),
+            Self::RetainImage { image, .. } => write!(f, "let go of {}", image.path().display()),
+            Self::CreateVolume(new) => write!(f, "create {}", new.pool_path.join(&new.file).display()),
+            Self::GrowVolume { pool_path, file, .. } => write!(f, "grow {}", pool_path.join(file).display()),
+            Self::SetReclaim { pool_path, file, .. } => {
+                write!(f, "set the reclaim policy of {}", pool_path.join(file).display())
+            }
+            Self::AdoptVolume { pool_path, file, .. } => {
+                write!(f, "adopt {}", pool_path.join(file).display())
+            }
+            Self::RetainVolume { pool_path, file, .. } => {
+                write!(f, "let go of {}", pool_path.join(file).display())
+            }
+            Self::TrashVolume { pool_path, file, .. } => {
+                write!(f, "move {} to the pool's trash", pool_path.join(file).display())
+            }
+            Self::DefineVm { vm, .. } => write!(f, "define VM {vm}"),
+            Self::UndefineVm { vm, .. } => write!(f, "forget VM {vm}"),
+            Self::StartVm { vm, .. } => write!(f, "start VM {vm}"),
+            Self::StopVm { vm, how: StopHow::Graceful { .. }, .. } => write!(f, "shut down VM {vm}"),
+            Self::StopVm { vm, how: StopHow::Forced, .. } => write!(f, "stop VM {vm} by force"),
+            Self::ResizeDisk { vm, disk, .. } => write!(f, "grow {disk} of VM {vm}"),
+            Self::ReplaceTap { vm, nic, .. } => write!(f, "give {nic} of VM {vm} a new tap"),
+            Self::HoldVm { vm, held: true, .. } => write!(f, "hold VM {vm} down"),
+            Self::HoldVm { vm, held: false, .. } => write!(f, "let VM {vm} run"),
+        }
+    }
+}
+
+impl std::fmt::Display for LinkChange {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Mtu(mtu) => write!(f, "mtu {mtu}"),
+            Self::Up(true) => f.write_str("up"),
+            Self::Up(false) => f.write_str("down"),
+            Self::Master(Some(bridge)) => write!(f, "master {bridge}"),
+            Self::Master(None) => f.write_str("nomaster"),
+            Self::MacAddress(mac) => write!(f, "address {mac}"),
+            Self::Stp(on) => write!(f, "stp {on}"),
+            Self::ForwardDelaySeconds(seconds) => write!(f, "forward delay {seconds} s"),
+            Self::AgeingSeconds(seconds) => write!(f, "ageing {seconds} s"),
+            Self::VlanFiltering(on) => write!(f, "vlan_filtering {on}"),
+            Self::DefaultPvid(id) => write!(f, "default pvid {id}"),
+            Self::MulticastSnooping(on) => write!(f, "multicast snooping {on}"),
+            Self::PortFlags(_) => f.write_str("port flags"),
+            Self::PortVlans(_) => f.write_str("port VLANs"),
+        }
+    }
+}

@@ -1,12 +1,12 @@
 //! virtio-rng: random bytes of the host's kernel.
 //!
-//! For the machine: [`Entropy::new`]. The thread is named `entropy` ([`ThreadRole::Entropy`]); beyond
-//! what [`super::worker`] lists it needs `getrandom`.
+//! For the machine: [`Entropy::new`]. The thread is named `entropy` ([`ThreadRole::Entropy`]).
 
 use std::io;
 
 use vm_memory::Bytes;
 
+use super::buffers::SEGMENTS_MAX;
 use super::queue::{BrokenQueue, VirtQueue};
 use super::worker::{SOURCES_MAX, Service, Sources, ThreadRole, ThreadStart, Worker};
 use crate::vmm::memory::GuestMemory;
@@ -128,7 +128,7 @@ impl Active {
             };
             let head = chain.head_index();
             let mut written = 0;
-            for descriptor in chain.writable() {
+            for descriptor in chain.writable().take(SEGMENTS_MAX) {
                 let len = (descriptor.len() as usize).min(REQUEST_BYTES_MAX - written);
                 let mut bytes = [0; REQUEST_BYTES_MAX];
                 let Ok(len) = getrandom(&mut bytes[..len], GetRandomFlags::empty()) else { break };

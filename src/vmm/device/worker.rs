@@ -12,10 +12,8 @@
 //! so does making the device. Credentials, capabilities and Landlock are inherited from the thread
 //! that makes the device, so make devices after those are dropped.
 //!
-//! System calls of every worker once its hook has returned: `poll`/`ppoll`, `read` and `write` (event
-//! file descriptors), `futex`, `mmap`, `munmap`, `mremap`, `madvise`, `brk`, `sched_yield`,
-//! `sigaltstack`, `rt_sigprocmask`, `gettid`, `clock_gettime`, `close`, `exit`. Each device lists what
-//! it needs beyond these at the top of its file.
+//! What a thread needs of the kernel once its hook has returned is data: [`ThreadRole::system_calls`]
+//! and [`ThreadRole::ioctls`]. The tests run every device under filters made of exactly these.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -36,10 +34,75 @@ pub enum ThreadRole {
     Entropy,
 }
 
+/// What any of our threads needs: event descriptors, waiting, the allocator, a panic's message, its end.
+const COMMON_SYSTEM_CALLS: &[libc::c_long] = &[
+    libc::SYS_brk,
+    libc::SYS_clock_gettime,
+    libc::SYS_close,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    // With debug assertions the standard library checks descriptors before it closes them.
+    libc::SYS_fcntl,
+    libc::SYS_futex,
+    // Seeds of the standard library's hash maps, too.
+    libc::SYS_getrandom,
+    libc::SYS_getpid,
+    libc::SYS_gettid,
+    libc::SYS_madvise,
+    libc::SYS_mmap,
+    libc::SYS_mprotect,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_read,
+    libc::SYS_restart_syscall,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sched_yield,
+    libc::SYS_sigaltstack,
+    libc::SYS_tgkill,
+    libc::SYS_write,
+];
+
+/// To be called once, before the process makes threads. Otherwise glibc's allocator counts the CPUs
+/// when the ninth thread allocates, by opening a file below `/sys`, which no filter of ours allows;
+/// and every thread would keep a heap of its own.
+pub fn share_one_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: sets a number in the allocator. It can't fail with a valid parameter.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
+impl ThreadRole {
+    /// Every system call that a thread of this role makes after its hook; `ioctl` only with the
+    /// requests of [`Self::ioctls`].
+    pub fn system_calls(self) -> impl Iterator<Item = libc::c_long> {
+        let own: &[libc::c_long] = match self {
+            Self::Block => super::block::SYSTEM_CALLS,
+            Self::Net => super::net::SYSTEM_CALLS,
+            Self::Entropy => &[],
+        };
+        COMMON_SYSTEM_CALLS.iter().chain(own).copied()
+    }
+
+    /// The requests (second argument of `ioctl`) that a thread of this role makes.
+    pub fn ioctls(self) -> &'static [u64] {
+        match self {
+            Self::Net => super::net::IOCTLS,
+            Self::Block | Self::Entropy => &[],
+        }
+    }
+}
+
 /// Called first of all on each new worker thread. An error makes the device's constructor fail.
 pub type ThreadStart = Arc<dyn Fn(ThreadRole) -> io::Result<()> + Send + Sync>;
 
 const STACK_BYTES: usize = 256 * 1024;
+const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Most descriptors that a service can wait on beside its mailbox.
 pub(super) const SOURCES_MAX: usize = 3;
 
@@ -90,11 +153,26 @@ impl<C> Mailbox<C> {
         self.wake.write(1)
     }
 
-    /// Sends the command that `make` builds around a reply channel and waits for the reply.
+    /// Sends the command that `make` builds around a reply channel and waits for the reply, as long
+    /// as it takes.
     pub fn call<R>(&self, make: impl FnOnce(mpsc::SyncSender<R>) -> C) -> io::Result<R> {
         let (reply, answer) = mpsc::sync_channel(1);
         self.send(Message::Command(make(reply)))?;
         answer.recv().map_err(|_| ended())
+    }
+
+    /// As [`Self::call`], but gives up waiting after [`REPLY_TIMEOUT`]: the caller must stay
+    /// responsive when a disk hangs. The command is carried out all the same, as soon as it can.
+    pub fn call_briefly<R>(&self, make: impl FnOnce(mpsc::SyncSender<R>) -> C) -> io::Result<R> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.send(Message::Command(make(reply)))?;
+        answer.recv_timeout(REPLY_TIMEOUT).map_err(|error| match error {
+            mpsc::RecvTimeoutError::Disconnected => ended(),
+            mpsc::RecvTimeoutError::Timeout => {
+                let text = format!("still waiting for the device after {} s", REPLY_TIMEOUT.as_secs());
+                io::Error::new(io::ErrorKind::TimedOut, text)
+            }
+        })
     }
 }
 

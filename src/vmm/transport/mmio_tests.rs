@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::vmm::device::entropy::Entropy;
-use crate::vmm::device::testing::{Driver, HIGH_BYTES, HIGH_START, LOW_BYTES, WRITE, memory, no_hook};
+use crate::vmm::device::testing::{Driver, HIGH_BYTES, HIGH_START, LOW_BYTES, WRITE, memory, sandbox_hook};
 use crate::vmm::transport::ActivateError;
 
 /// What happened to a [`Recorder`].
@@ -252,7 +252,7 @@ fn odd_accesses_do_nothing() {
 
 #[test]
 fn random_bytes_differ_and_are_bounded() {
-    let mut driver = Driver::new(Entropy::new(&no_hook()).unwrap());
+    let mut driver = Driver::new(Entropy::new(&sandbox_hook()).unwrap());
     driver.start(1 << 29);
     let mut seen = std::collections::BTreeSet::new();
     for _ in 0..100 {
@@ -321,7 +321,7 @@ fn sensible(step: u8) -> (u64, u32) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// The recorder asserts that no invalid queue, no foreign feature and no second activation
     /// reaches a device, whatever the guest writes.

@@ -2,8 +2,7 @@
 //!
 //! For the machine: [`Block::new`] takes the open files (nothing is opened, closed or locked by
 //! path), [`Block::handle`] gives the control side. The thread is named `disk-<name>`
-//! ([`ThreadRole::Block`]). Beyond what [`super::worker`] lists it needs `preadv`, `pwritev`,
-//! `pread64`, `pwrite64`, `fdatasync`, `fallocate`, `ftruncate`, `fstat` (`newfstatat`) and `lseek`.
+//! ([`ThreadRole::Block`]).
 //! All work on the image, growing included, is done by the thread; a handle only sends it messages.
 //!
 //! Requests are served in order, each to its end: a flush covers all writes completed before it.
@@ -37,6 +36,21 @@ use crate::vmm::config::{DiskConfig, DiskFormat};
 use crate::vmm::transport::{ActivateError, Activation, VirtioDevice};
 
 pub use self::qcow2::ImageRefused;
+
+/// What the thread needs beyond what all workers do.
+pub(super) const SYSTEM_CALLS: &[libc::c_long] = &[
+    libc::SYS_fallocate,
+    libc::SYS_fdatasync,
+    libc::SYS_fstat,
+    libc::SYS_ftruncate,
+    libc::SYS_lseek,
+    libc::SYS_newfstatat,
+    libc::SYS_pread64,
+    libc::SYS_preadv,
+    libc::SYS_pwrite64,
+    libc::SYS_pwritev,
+    libc::SYS_statx,
+];
 
 const QUEUE_SIZES: &[u16] = &[256];
 /// Header and status take two descriptors of a chain.
@@ -185,7 +199,7 @@ impl BlockHandle {
             return Err(BlockError::Odd { disk, wanted_bytes: capacity_bytes });
         }
         self.mailbox
-            .call(|reply| Command::Grow { capacity_bytes, reply })
+            .call_briefly(|reply| Command::Grow { capacity_bytes, reply })
             .and_then(|result| result)
             .map_err(|source| BlockError::Grow { disk, source })
     }

@@ -73,6 +73,7 @@ pub(super) struct Qcow2Image {
     access: FormatAccess<HostFile>,
     backing_bytes: u64,
     can_discard: bool,
+    cluster_bytes: u64,
     bounce: Vec<u8>,
 }
 
@@ -82,7 +83,7 @@ impl Qcow2Image {
         let layers = chain.len();
         let mut below: Option<(FormatAccess<HostFile>, DiskFormat)> = None;
         let mut backing_bytes = 0;
-        let mut can_discard = false;
+        let mut top = Header { version: 0, cluster_bytes: 1 };
         for (depth, Layer { format, fd }) in chain.into_iter().enumerate().rev() {
             let writable = depth == 0 && !read_only;
             backing_bytes = below.as_ref().map_or(0, |(access, _)| access.size());
@@ -90,17 +91,52 @@ impl Qcow2Image {
                 DiskFormat::Raw if depth + 1 < layers => return Err(ImageRefused::RawWithBacking),
                 DiskFormat::Raw => FormatAccess::new(Raw::open_image(HostFile::new(fd)?, writable)?),
                 DiskFormat::Qcow2 => {
-                    let version = check_header(&fd, below.is_some())?;
-                    // Version 2 can't mark clusters as zero.
-                    can_discard = version >= 3;
+                    top = check_header(&fd, below.is_some())?;
                     open_layer(HostFile::new(fd)?, below, writable)?
                 }
             };
             below = Some((access, format));
         }
         let (access, _) = below.ok_or(ImageRefused::NotQcow2)?;
-        Ok(Self { access, backing_bytes, can_discard, bounce: Vec::new() })
+        // Version 2 can't mark clusters as zero.
+        let (can_discard, cluster_bytes) = (top.version >= 3, top.cluster_bytes);
+        Ok(Self { access, backing_bytes, can_discard, cluster_bytes, bounce: Vec::new() })
     }
+
+    /// The whole clusters of a range: their start and length, which may be nothing.
+    fn whole_clusters(&self, offset: u64, len: u64) -> (u64, u64) {
+        let end = (offset + len) / self.cluster_bytes * self.cluster_bytes;
+        let start = offset.next_multiple_of(self.cluster_bytes);
+        (start, end.saturating_sub(start))
+    }
+
+    /// Writes zeroes as data, but not where there are zeroes already.
+    fn write_plain_zeroes(&mut self, mut offset: u64, mut len: u64) -> io::Result<()> {
+        while len > 0 {
+            let (mapping, mapped) = self.access.get_mapping(offset, len)?;
+            let mut piece = mapped.min(BOUNCE_BYTES);
+            match mapping {
+                Mapping::Zero { .. } => piece = mapped,
+                _ => {
+                    self.bounce.clear();
+                    self.bounce.resize(piece as usize, 0);
+                    self.access.write(&self.bounce[..], offset)?;
+                }
+            }
+            if piece == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            offset += piece;
+            len -= piece;
+        }
+        Ok(())
+    }
+}
+
+/// What we need to know of the top layer's header.
+struct Header {
+    version: u32,
+    cluster_bytes: u64,
 }
 
 fn open_layer(
@@ -125,8 +161,8 @@ fn open_layer(
     }
 }
 
-/// Checks what imago would accept but we don't; returns the image's version.
-fn check_header(fd: &OwnedFd, backing_declared: bool) -> Result<u32, ImageRefused> {
+/// Checks what imago would accept but we don't; returns what we need of it.
+fn check_header(fd: &OwnedFd, backing_declared: bool) -> Result<Header, ImageRefused> {
     let mut header = [0; HEADER_V3_BYTES];
     let len = read_at(fd, &mut header, 0)?;
     let u32_at = |at: usize| u32::from_be_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
@@ -171,7 +207,7 @@ fn check_header(fd: &OwnedFd, backing_declared: bool) -> Result<u32, ImageRefuse
             let len = read_at(fd, &mut name, backing_offset)?;
             Err(ImageRefused::UndeclaredBacking(String::from_utf8_lossy(&name[..len]).into_owned()))
         }
-        _ => Ok(version),
+        _ => Ok(Header { version, cluster_bytes: 1 << cluster_bits }),
     }
 }
 
@@ -243,14 +279,23 @@ impl Image for Qcow2Image {
     }
 
     fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
-        self.access.discard_to_any(offset, len)
+        let (start, len) = self.whole_clusters(offset, len);
+        if len == 0 { Ok(()) } else { self.access.discard_to_any(start, len) }
     }
 
+    /// The whole clusters become zero by their metadata; the edges are written. (imago would do the
+    /// edges, too, but its arithmetic overflows in a cluster that is larger than the disk.)
     fn write_zeroes(&mut self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
-        match may_unmap {
-            true => self.access.discard_to_zero(offset, len),
-            false => self.access.write_zeroes(offset, len),
+        let (start, whole) = self.whole_clusters(offset, len);
+        if whole == 0 {
+            return self.write_plain_zeroes(offset, len);
         }
+        match may_unmap {
+            true => self.access.discard_to_zero(start, whole)?,
+            false => self.access.write_zeroes(start, whole)?,
+        }
+        self.write_plain_zeroes(offset, start - offset)?;
+        self.write_plain_zeroes(start + whole, offset + len - start - whole)
     }
 
     fn grow(&mut self, capacity_bytes: u64) -> io::Result<()> {

@@ -2,9 +2,6 @@
 //!
 //! For the machine: [`Net::new`] takes an open tap (IFF_TAP, IFF_NO_PI and IFF_VNET_HDR), and
 //! [`Net::handle`] gives the control side. The thread is named `nic-<name>` ([`ThreadRole::Net`]).
-//! Beyond what [`super::worker`] lists it needs `read` and `writev` on the tap, `fcntl` (F_GETFL,
-//! F_SETFL) and `ioctl` with TUNGETIFF (0x800454d2), TUNSETOFFLOAD (0x400454d0) and TUNSETVNETHDRSZ
-//! (0x400454d8).
 //!
 //! A tap that is down or deleted loses frames, as a cable does when it is pulled, and costs neither
 //! the guest nor this process anything else. A deleted tap shows as a link that is down, until
@@ -32,6 +29,10 @@ use self::tap::Tap;
 use super::worker::{Mailbox, ThreadRole, ThreadStart, Worker};
 use crate::vmm::config::NicConfig;
 use crate::vmm::transport::{ActivateError, Activation, VirtioDevice};
+
+/// What the thread needs beyond what all workers do.
+pub(super) const SYSTEM_CALLS: &[libc::c_long] = &[libc::SYS_ioctl, libc::SYS_writev];
+pub(super) const IOCTLS: &[u64] = &[tap::TUNGETIFF, tap::TUNSETOFFLOAD, tap::TUNSETVNETHDRSZ];
 
 /// Receive, transmit.
 const QUEUE_SIZES: &[u16] = &[256, 256];
@@ -128,7 +129,7 @@ impl NetHandle {
     /// From now on the NIC uses this tap; the old one is closed. On an error the old one stays.
     pub fn replace_tap(&self, tap: OwnedFd) -> Result<(), NetError> {
         self.mailbox
-            .call(|reply| Command::ReplaceTap { tap, reply })
+            .call_briefly(|reply| Command::ReplaceTap { tap, reply })
             .and_then(|result| result)
             .map_err(|source| NetError::Tap { nic: self.nic.to_string(), source })
     }

@@ -19,9 +19,9 @@ pub(super) const HEADER_BYTES: usize = 12;
 pub(super) const FRAME_BYTES_MAX: usize = HEADER_BYTES + 65535 + 18;
 
 // <linux/if_tun.h>
-const TUNSETOFFLOAD: u64 = 0x4004_54d0;
-const TUNGETIFF: u64 = 0x8004_54d2;
-const TUNSETVNETHDRSZ: u64 = 0x4004_54d8;
+pub(super) const TUNSETOFFLOAD: u64 = 0x4004_54d0;
+pub(super) const TUNGETIFF: u64 = 0x8004_54d2;
+pub(super) const TUNSETVNETHDRSZ: u64 = 0x4004_54d8;
 const TUN_F_CSUM: u32 = 1;
 const TUN_F_TSO4: u32 = 2;
 const TUN_F_TSO6: u32 = 4;
