@@ -3,6 +3,7 @@
 //! The map and the invariants are in `ARCHITECTURE.md`.
 
 pub mod agent;
+pub mod cli;
 pub mod execute;
 pub mod host;
 pub mod kinds;

@@ -3,8 +3,9 @@
 //! `diff` stops after [`diff`]; `apply` and the agent go on to [`apply`].
 
 use std::collections::BTreeMap;
+use std::sync::atomic::AtomicBool;
 
-use crate::execute::{Outcomes, Progress, execute};
+use crate::execute::{Outcomes, Progress, execute, execute_until};
 use crate::host::Host;
 use crate::load::{Diagnostic, Loaded, Manifest};
 use crate::name::{ObjectId, SetName};
@@ -47,14 +48,19 @@ pub fn declare(set: SetName, loaded: Loaded) -> Result<Declaration, Invalid> {
 fn locate(problem: &resolve::Problem, manifests: &BTreeMap<ObjectId, Manifest>) -> Diagnostic {
     let mut diagnostic = Diagnostic::error(format!("{}: {}", problem.object, problem.message));
     if let Some(manifest) = manifests.get(&problem.object) {
-        diagnostic = diagnostic.at(manifest.origin.place(&problem.pointer));
+        diagnostic = diagnostic.at(manifest.origin.place(&in_spec(&problem.pointer)));
     }
     for (id, pointer, text) in &problem.related {
         if let Some(manifest) = manifests.get(id) {
-            diagnostic = diagnostic.related(manifest.origin.at(pointer), format!("{text} ({id})"));
+            diagnostic = diagnostic.related(manifest.origin.at(&in_spec(pointer)), format!("{text} ({id})"));
         }
     }
     diagnostic.hint_maybe(problem.hint.clone())
+}
+
+/// From a pointer within a spec to one within its manifest.
+fn in_spec(pointer: &str) -> String {
+    format!("/spec{pointer}")
 }
 
 /// Compares what is desired with what the host has.
@@ -66,4 +72,14 @@ pub fn diff(desired: &Desired, host: &dyn Host, policy: &Policy) -> Plan {
 /// Runs a plan's steps. The answer to any failure is to look again.
 pub fn apply(plan: &Plan, host: &dyn Host, progress: &mut dyn FnMut(Progress<'_>)) -> Outcomes {
     execute(plan, host, progress)
+}
+
+/// The same, until `cancel` is set: steps that run are finished, and no others begin.
+pub fn apply_until(
+    plan: &Plan,
+    host: &dyn Host,
+    cancel: &AtomicBool,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Outcomes {
+    execute_until(plan, host, cancel, progress)
 }

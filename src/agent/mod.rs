@@ -258,7 +258,7 @@ impl Agent<'_> {
                 Outcome::Failed { .. } => {
                     self.backoff.failed(object, now);
                 }
-                Outcome::NotReached { .. } => {}
+                Outcome::NotReached { .. } | Outcome::Cancelled => {}
             }
         }
     }

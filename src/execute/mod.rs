@@ -3,6 +3,7 @@
 //! any failure or crash the answer is to look again.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 
 use serde::Serialize;
@@ -26,6 +27,8 @@ pub enum Outcome {
     Failed { step: String, error: String, hint: Option<String> },
     /// It waited for this object, which failed.
     NotReached { because: ObjectId },
+    /// The run was told to stop before all of its steps had begun.
+    Cancelled,
 }
 
 impl Outcome {
@@ -70,12 +73,26 @@ struct Run<'a, 'p> {
 
 /// Runs what the plan left with steps. `progress` hears of each step before it begins.
 pub fn execute(plan: &Plan, host: &dyn Host, progress: &mut dyn FnMut(Progress<'_>)) -> Outcomes {
+    execute_until(plan, host, &AtomicBool::new(false), progress)
+}
+
+/// The same; as soon as `cancel` is set, steps that run are finished and no others begin.
+pub fn execute_until(
+    plan: &Plan,
+    host: &dyn Host,
+    cancel: &AtomicBool,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Outcomes {
     let mut run = Run::new(plan, progress);
     std::thread::scope(|scope| {
         let (sender, results) = mpsc::channel::<(usize, Result<(), StepError>)>();
         let mut slow_running = 0;
         let mut slow_waiting: VecDeque<usize> = VecDeque::new();
         loop {
+            if cancel.load(Ordering::Relaxed) {
+                run.ready.clear();
+                slow_waiting.clear();
+            }
             let mut fast = Vec::new();
             while let Some(index) = run.ready.pop_front() {
                 match run.step(index).lane() {
@@ -113,6 +130,9 @@ pub fn execute(plan: &Plan, host: &dyn Host, progress: &mut dyn FnMut(Progress<'
             }
         }
     });
+    if cancel.load(Ordering::Relaxed) {
+        run.cancel_rest();
+    }
     run.finish()
 }
 
@@ -197,6 +217,14 @@ impl<'a, 'p> Run<'a, 'p> {
                     self.settle(dependent, Outcome::NotReached { because });
                     queue.push_back(dependent);
                 }
+            }
+        }
+    }
+
+    fn cancel_rest(&mut self) {
+        for index in 0..self.plan.actions.len() {
+            if !self.plan.actions[index].steps.is_empty() && !self.outcomes.contains_key(&index) {
+                self.settle(index, Outcome::Cancelled);
             }
         }
     }

@@ -7,10 +7,13 @@ use crate::kinds::action::{Action, Impact, Verb};
 use crate::name::ObjectId;
 use crate::plan::{Plan, Summary};
 
-/// Escapes for a terminal, or nothing.
+/// How text is made to fit where it is shown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Style {
+    /// With escapes for a terminal.
     pub colour: bool,
+    /// Columns of the terminal; `None`: lines are as long as they are.
+    pub width: Option<usize>,
 }
 
 impl Style {
@@ -65,13 +68,8 @@ fn paint(style: Style, verb: Verb, text: &str) -> String {
 
 /// The plan, as `vmctl diff` prints it.
 pub fn plan(plan: &Plan, style: Style) -> String {
-    let mut out = String::new();
-    let shown: Vec<&Action> =
-        plan.actions.iter().filter(|action| action.is_difference() || !action.notes.is_empty()).collect();
-    let width = shown.iter().map(|action| action.object.to_string().len()).max().unwrap_or(0).min(48);
-    for action in shown {
-        write_action(&mut out, action, width, style);
-    }
+    let shown = |action: &&Action| action.is_difference() || !action.notes.is_empty();
+    let mut out = actions(plan.actions.iter().filter(shown), style);
     for refusal in refusals(plan, style) {
         out.push_str(&refusal);
     }
@@ -79,43 +77,105 @@ pub fn plan(plan: &Plan, style: Style) -> String {
     out
 }
 
-fn write_action(out: &mut String, action: &Action, width: usize, style: Style) {
+/// What of a plan won't be done and why, as `vmctl apply` prints it before it does the rest.
+pub fn obstacles(plan: &Plan, style: Style) -> String {
+    let stopped = |action: &&Action| !action.blockers.is_empty() || action.verb == Verb::Refused;
+    let mut out = actions(plan.actions.iter().filter(stopped), style);
+    for refusal in refusals(plan, style) {
+        out.push_str(&refusal);
+    }
+    out
+}
+
+/// Names longer than this push their own line to the right, not all others.
+const NAME_COLUMNS_MAX: usize = 40;
+/// The same for what a change says, which its impact stands behind.
+const CHANGE_COLUMNS_MAX: usize = 48;
+/// Where the lines below an object begin.
+const INDENT: &str = "      ";
+
+fn actions<'a>(shown: impl Iterator<Item = &'a Action>, style: Style) -> String {
+    let shown: Vec<&Action> = shown.collect();
+    let columns = |action: &&Action| action.object.to_string().len();
+    let names = shown.iter().map(columns).filter(|length| *length <= NAME_COLUMNS_MAX).max().unwrap_or(0);
+    let mut out = String::new();
+    for action in shown {
+        write_action(&mut out, action, names, style);
+    }
+    out
+}
+
+fn write_action(out: &mut String, action: &Action, names: usize, style: Style) {
+    let head = format!("{:<3} {:<names$}", sign(action.verb), action.object.to_string());
+    let what = headline(action);
+    let room = style.width.map(|width| width.saturating_sub(head.chars().count() + 2).max(20));
+    let what = cut(&what, room);
     // Writing to a String can't fail.
-    let head = format!("{:<3} {:<width$}", sign(action.verb), action.object.to_string());
-    let what = match action.verb {
+    let _ = writeln!(out, "{}", format!("{}  {what}", paint(style, action.verb, &head)).trim_end());
+    write_changes(out, action, style);
+    for note in &action.notes {
+        let _ = writeln!(out, "{INDENT}{}", style.dim(&format!("note: {note}")));
+    }
+    for blocker in &action.blockers {
+        if action.verb != Verb::Blocked || blocker.because != action.because {
+            let _ = writeln!(out, "{INDENT}{}", style.red(&format!("blocked: {}", blocker.because)));
+        }
+        if let Some(hint) = &blocker.hint {
+            let _ = writeln!(out, "{INDENT}{}", style.dim(&format!("hint: {hint}")));
+        }
+    }
+}
+
+/// What happens to the object, in a line.
+fn headline(action: &Action) -> String {
+    let because = &action.because;
+    match action.verb {
         Verb::Create | Verb::NoOp => action.summary.clone(),
-        Verb::Adopt => format!("adopt: {}", action.because),
-        Verb::Delete => format!("delete: {}", action.because),
-        Verb::Retain => format!("retain: {}", action.because),
-        Verb::Blocked => format!("blocked: {}", action.because),
-        Verb::Refused => format!("refused: {}", action.because),
-        Verb::Update | Verb::Restart | Verb::Replace => action.because.clone(),
-    };
-    let _ = match what.is_empty() {
-        true => writeln!(out, "{}", paint(style, action.verb, head.trim_end())),
-        false => writeln!(out, "{}  {what}", paint(style, action.verb, &head)),
-    };
-    for change in &action.changes {
-        let value = |value: &Option<String>| value.clone().unwrap_or_else(|| "none".to_owned());
-        let text = format!("{}: {} → {}", change.field, value(&change.from), value(&change.to));
+        Verb::Adopt => format!("adopt: {because}"),
+        Verb::Delete => format!("delete: {because}"),
+        Verb::Retain => format!("retain: {because}"),
+        Verb::Blocked => format!("blocked: {because}"),
+        Verb::Refused => format!("refused: {because}"),
+        Verb::Update | Verb::Restart | Verb::Replace if because.is_empty() => action.summary.clone(),
+        Verb::Update | Verb::Restart | Verb::Replace => because.clone(),
+    }
+}
+
+/// One line a field: `memory  2Gi → 4Gi  live`, in columns.
+fn write_changes(out: &mut String, action: &Action, style: Style) {
+    let value = |value: &Option<String>| value.clone().unwrap_or_else(|| "none".to_owned());
+    let fields = action.changes.iter().map(|change| change.field.chars().count()).max().unwrap_or(0);
+    let fields = fields.min(NAME_COLUMNS_MAX);
+    // Both values share what the terminal leaves beside the field, the arrow and the impact.
+    let room =
+        style.width.map(|width| width.saturating_sub(INDENT.len() + fields + 2 + 3 + 2 + 9).max(24) / 2);
+    let lines: Vec<String> = action
+        .changes
+        .iter()
+        .map(|change| format!("{} → {}", cut(&value(&change.from), room), cut(&value(&change.to), room)))
+        .collect();
+    let columns =
+        lines.iter().map(|line| line.chars().count()).filter(|length| *length <= CHANGE_COLUMNS_MAX);
+    let columns = columns.max().unwrap_or(0);
+    for (change, line) in action.changes.iter().zip(lines) {
         let impact = match change.impact {
             Impact::Live => style.dim(change.impact.as_str()),
             Impact::DataLoss => style.red(change.impact.as_str()),
             _ => style.yellow(change.impact.as_str()),
         };
-        let _ = writeln!(out, "      {text}  ({impact})");
+        let _ = writeln!(out, "{INDENT}{:<fields$}  {line:<columns$}  {impact}", change.field);
     }
-    for note in &action.notes {
-        let _ = writeln!(out, "      {}", style.dim(&format!("note: {note}")));
-    }
-    for blocker in &action.blockers {
-        if action.verb != Verb::Blocked || blocker.because != action.because {
-            let _ = writeln!(out, "      {}", style.red(&format!("blocked: {}", blocker.because)));
-        }
-        if let Some(hint) = &blocker.hint {
-            let _ = writeln!(out, "      {}", style.dim(&format!("hint: {hint}")));
-        }
-    }
+}
+
+/// A long value without its middle: of paths and digests both ends tell most.
+fn cut(text: &str, room: Option<usize>) -> String {
+    let length = text.chars().count();
+    let Some(room) = room.filter(|room| length > *room && *room > 8) else { return text.to_owned() };
+    let tail = (room - 1) / 2;
+    let head = room - 1 - tail;
+    let first: String = text.chars().take(head).collect();
+    let last: String = text.chars().skip(length - tail).collect();
+    format!("{first}…{last}")
 }
 
 fn refusals(plan: &Plan, style: Style) -> Vec<String> {
@@ -139,7 +199,8 @@ fn refusals(plan: &Plan, style: Style) -> Vec<String> {
 pub fn totals(plan: &Plan) -> String {
     let sums = sums(&plan.summary());
     if sums.is_empty() {
-        return format!("No differences ({} objects).", plan.actions.len());
+        let count = plan.actions.len();
+        return format!("No differences ({count} object{}).", if count == 1 { "" } else { "s" });
     }
     let restarts: Vec<String> = plan
         .actions
@@ -196,6 +257,7 @@ pub fn outcome(object: &ObjectId, verb: Verb, outcome: &Outcome, style: Style) -
         Outcome::NotReached { because } => {
             format!("{} {object} not reached: it waits for {because}, which failed\n", style.red("✗"))
         }
+        Outcome::Cancelled => format!("{} {object} not done: the run was interrupted\n", style.yellow("–")),
     }
 }
 

@@ -15,6 +15,7 @@ mod netlink;
 pub mod signals;
 pub mod storage;
 mod tap;
+pub mod termination;
 mod vm_control;
 mod vm_place;
 mod vm_process;
