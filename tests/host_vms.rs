@@ -23,6 +23,8 @@ use vmctl::name::{Kind, Mark, ObjectName};
 use vmctl::vmm::config::{BootConfig, DiskConfig, DiskFormat, NicConfig, VmConfig};
 use vmctl::vmm::protocol::{ExitReason, Verb};
 
+const PROGRAM: &str = env!("CARGO_BIN_EXE_vmctl-vmm");
+
 /// A host with directories of its own; what runs in it ends with it.
 struct Ground {
     host: LinuxHost,
@@ -31,14 +33,13 @@ struct Ground {
 
 impl Ground {
     fn new() -> Self {
-        Self::at(scratch("ground"))
+        Self::at(scratch("ground"), PROGRAM)
     }
 
-    fn at(directory: PathBuf) -> Self {
+    fn at(directory: PathBuf, program: &str) -> Self {
         let _ = std::fs::remove_dir_all(&directory);
         std::fs::create_dir_all(&directory).unwrap();
         std::fs::write(directory.join("kernel"), guest::kernel()).unwrap();
-        let program = env!("CARGO_BIN_EXE_vmctl-vmm");
         let host = LinuxHost::new(directory.join("state"), directory.join("run"), program);
         Self { host, directory }
     }
@@ -339,6 +340,7 @@ fn a_start_that_fails_leaves_no_process_and_says_why() {
     broken.config.boot.kernel_path = ground.path("text");
     let error = ground.start(&broken).unwrap_err().to_string();
     assert!(error.contains("refused"), "{error}");
+    assert!(!Path::new(&ground.path("run/vms/web/control.sock")).exists());
     assert_eq!(ground.vm("web").process, None);
     ground.define(&definition).unwrap();
     ground.start(&definition).unwrap();
@@ -347,7 +349,7 @@ fn a_start_that_fails_leaves_no_process_and_says_why() {
 
 #[test]
 fn a_directory_of_any_length_will_do() {
-    let ground = Ground::at(scratch(&"long".repeat(30)));
+    let ground = Ground::at(scratch(&"long".repeat(30)), PROGRAM);
     let definition = ground.definition("web");
     ground.define(&definition).unwrap();
     ground.start(&definition).unwrap();
@@ -448,4 +450,38 @@ fn control_connections_serve_more_than_steps() {
     control.command(&Verb::Pause).unwrap();
     control.command(&Verb::Resume).unwrap();
     ground.stop(&definition, StopHow::Forced).unwrap();
+}
+
+/// Stock Linux, which needs a KVM that runs more than our small guest: always in the lab.
+#[test]
+fn a_linux_guest_obeys_its_power_button() {
+    if !support::lab::in_lab() {
+        return support::lab::run_in_lab(&[PROGRAM]);
+    }
+    private_network();
+    let ground = Ground::at(scratch("ground"), "/usr/local/bin/vmctl-vmm");
+    create(&bridge("br0")).unwrap();
+    create(&tap("tap0", Some("br0"))).unwrap();
+    let mut definition = ground.definition("web");
+    definition.config.memory_bytes = 256 << 20;
+    definition.config.boot = BootConfig {
+        kernel_path: "/guest/vmlinux".to_owned(),
+        initrd_path: Some("/guest/initrd".to_owned()),
+        cmdline: "console=ttyS0 quiet panic=-1 mitigations=off".to_owned(),
+    };
+    definition.config.nics.push(NicConfig {
+        name: "net0".to_owned(),
+        tap: "tap0".to_owned(),
+        mac_address: "52:54:00:00:00:01".to_owned(),
+        mtu: 1500,
+    });
+    ground.define(&definition).unwrap();
+    ground.start(&definition).unwrap();
+    // At once, while it still boots: it hears a later press.
+    let begin = Instant::now();
+    ground.stop(&definition, StopHow::Graceful { timeout_ms: 120_000 }).unwrap();
+    let log = std::fs::read_to_string(ground.host.console_log(&vm_name(&definition))).unwrap();
+    let exit = ground.vm("web").exit.expect("it ended by itself");
+    assert_eq!(exit.reason, ExitReason::GuestPowerOff, "after {:?}: {log}", begin.elapsed());
+    assert!(link("tap0").up && link("tap0").master == Some(name("br0")));
 }

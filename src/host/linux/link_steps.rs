@@ -16,23 +16,21 @@ use netlink_packet_route::link::{InfoBridge, InfoData, InfoKind, LinkAttribute};
 
 use super::link_failure::{Doing, failure};
 use super::link_messages::{self as message, Request};
+use super::link_owner::{
+    alias_text, is_port_mark, not_ours, require_mark, require_ours, require_ours_or_port,
+};
 use super::links::{self, RawAddress, RawLink};
 use super::netlink::{Answer, Group, Netlink, Refusal};
 use super::tap::NewTap;
 use crate::host::error::StepError;
 use crate::host::snapshot::{Capability, LinkKind, PortFacts};
 use crate::host::step::{LinkChange, NewLink, NewLinkKind, Step};
-use crate::name::{IpPrefix, LinkName, Mark};
+use crate::name::{IpPrefix, LinkName};
 
 /// How often a creation is tried again, under other indexes, when something was in its way for a moment.
 const CREATE_ATTEMPTS_MAX: u32 = 4;
-/// The kernel's bound on `ifalias` (`IFALIASZ` less its NUL).
-const ALIAS_BYTES_MAX: usize = 255;
 /// New links get indexes in this range.
 const INDEXES: std::ops::Range<u32> = 1 << 24..1 << 30;
-/// A mark whose part begins so is on a link that isn't ours, whose membership in our bridge is.
-const PORT_PART: &str = "port-";
-
 /// Runs the steps of a batch that are about links; the results are in their order.
 pub fn run(steps: &[&Step]) -> Vec<Result<(), StepError>> {
     match Batch::open().and_then(|mut batch| batch.run(steps)) {
@@ -486,7 +484,7 @@ fn first_refusal(doings: Vec<Doing>, answers: Vec<Answer>) -> Result<(), Failed>
     Ok(())
 }
 
-fn random_index() -> io::Result<u32> {
+pub fn random_index() -> io::Result<u32> {
     let mut bytes = [0; 4];
     rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
     Ok(INDEXES.start + u32::from_ne_bytes(bytes) % (INDEXES.end - INDEXES.start))
@@ -530,42 +528,6 @@ fn step_link(step: &Step) -> Option<&LinkName> {
         | Step::RemoveAddress { link, .. } => Some(link),
         _ => None,
     }
-}
-
-fn alias_text(mark: &Mark, link: &LinkName) -> Result<String, StepError> {
-    let text = mark.to_string();
-    if text.len() > ALIAS_BYTES_MAX {
-        let why = format!("its mark has {} bytes, and the kernel allows {ALIAS_BYTES_MAX}", text.len());
-        return Err(StepError::failed(Doing::Mark.phrase(link), why));
-    }
-    Ok(text)
-}
-
-fn is_port_mark(mark: &Mark) -> bool {
-    mark.part.as_ref().is_some_and(|part| part.starts_with(PORT_PART))
-}
-
-fn require_mark(link: &RawLink, mark: &Mark, what: &str) -> Result<(), StepError> {
-    if link.alias.as_ref() == Some(&mark.to_string()) { Ok(()) } else { Err(not_ours(link, what.to_owned())) }
-}
-
-fn require_ours_or_port(link: &RawLink, what: String) -> Result<Mark, StepError> {
-    link.mark().ok_or_else(|| not_ours(link, what))
-}
-
-fn require_ours(link: &RawLink, what: String) -> Result<(), StepError> {
-    match link.mark() {
-        Some(mark) if !is_port_mark(&mark) => Ok(()),
-        _ => Err(not_ours(link, what)),
-    }
-}
-
-fn not_ours(link: &RawLink, what: String) -> StepError {
-    let why = match &link.alias {
-        Some(alias) => format!("{} is there with the mark `{alias}`", link.name),
-        None => format!("{} is there without a mark of ours", link.name),
-    };
-    StepError::NotOurs { what, why }
 }
 
 fn missing(what: String) -> StepError {

@@ -7,6 +7,7 @@ pub mod capability;
 pub mod events;
 mod link_failure;
 mod link_messages;
+mod link_owner;
 pub mod link_steps;
 pub mod links;
 pub mod lock;

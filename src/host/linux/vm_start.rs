@@ -70,8 +70,10 @@ pub fn start(
     match client::launch(program, &launch, fds) {
         Ok(_) => Ok(()),
         Err(error) => {
-            // The socket is dead, or the process lives and is found by it. Which it is, is seen when
-            // somebody looks; a dead socket is replaced by the next start.
+            // Unless a process lives after all, which is then found by it, the socket is dead.
+            if let Ok(None) = vm_process::connect(&directory, LOOK_TIMEOUT) {
+                let _ = directory.remove_socket();
+            }
             Err(StepError::failed(what(), chain(&error)))
         }
     }
