@@ -75,7 +75,9 @@ fn guests_reach_their_vlan_and_nothing_else() {
 fn the_host_agrees_with_the_manifests() {
     for (link, id, bridge) in [("eth0.10", 10, "brvlan10"), ("eth0.20", 20, "brvlan20")] {
         let text = run(&format!("ip -d link show {link}"));
-        for expected in [format!("vlan protocol 802.1Q id {id} "), format!("master {bridge} "), "mtu 1500".into()] {
+        for expected in
+            [format!("vlan protocol 802.1Q id {id} "), format!("master {bridge} "), "mtu 1500".into()]
+        {
             assert!(text.contains(&expected), "{link}: no `{expected}` in {text}");
         }
         assert!(text.contains(&format!("alias vmctl:default:Vlan/eth0-{id}")), "{text}");
@@ -106,14 +108,17 @@ fn a_second_apply_does_nothing(tutorial: &Tutorial) {
     let mut offences = Vec::new();
     for (index, line) in trace.lines().enumerate() {
         let made_process = line.contains("execve(") && index > 0 || line.contains("fork(");
-        let network_write = ["RTM_NEW", "RTM_DEL", "RTM_SET"].iter().any(|verb| {
-            line.contains("send") && line.contains(verb)
-        });
-        let opened_to_write = line.contains("open") && ["O_WRONLY", "O_RDWR", "O_CREAT"].iter().any(|mode| line.contains(mode))
-            && !["/dev/kvm", "/dev/net/tun", "/dev/null", "/dev/tty"].iter().any(|device| line.contains(device));
-        let changed_file = ["rename", "unlink", "mkdir", "ftruncate", "fallocate", "setxattr", "symlink", "chmod", "chown"]
-            .iter()
-            .any(|call| line.contains(&format!("{call}(")) || line.contains(&format!("{call}at(")));
+        let network_write =
+            ["RTM_NEW", "RTM_DEL", "RTM_SET"].iter().any(|verb| line.contains("send") && line.contains(verb));
+        let opened_to_write = line.contains("open")
+            && ["O_WRONLY", "O_RDWR", "O_CREAT"].iter().any(|mode| line.contains(mode))
+            && !["/dev/kvm", "/dev/net/tun", "/dev/null", "/dev/tty"]
+                .iter()
+                .any(|device| line.contains(device));
+        let changed_file =
+            ["rename", "unlink", "mkdir", "ftruncate", "fallocate", "setxattr", "symlink", "chmod", "chown"]
+                .iter()
+                .any(|call| line.contains(&format!("{call}(")) || line.contains(&format!("{call}at(")));
         if made_process || network_write || opened_to_write || changed_file {
             offences.push(line);
         }
@@ -143,7 +148,11 @@ fn drifts_are_named_and_healed_and_nothing_else_is_touched() {
     };
     drift("a tap is detached", "ip link set vm2.net0 nomaster", &["VirtualMachine/vm2"]);
     drift("an MTU is changed", "ip link set eth0.20 mtu 1400", &["Vlan/eth0-20"]);
-    drift("a blank volume of a halted VM is deleted", "rm /var/lib/vmctl/images/vm3-data.raw", &["Volume/vm3-data"]);
+    drift(
+        "a blank volume of a halted VM is deleted",
+        "rm /var/lib/vmctl/images/vm3-data.raw",
+        &["Volume/vm3-data"],
+    );
     drift("a VM is killed", &format!("kill -9 {pid2}"), &["VirtualMachine/vm2"]);
     drift(
         "a bridge is deleted",
@@ -154,7 +163,9 @@ fn drifts_are_named_and_healed_and_nothing_else_is_touched() {
     let pid2 = tutorial.pid("vm2").unwrap();
     drift(
         "everything",
-        &format!("ip link del brvlan10; kill -9 {pid2}; ip link set eth0.20 mtu 1300; rm /var/lib/vmctl/images/vm3-data.raw"),
+        &format!(
+            "ip link del brvlan10; kill -9 {pid2}; ip link set eth0.20 mtu 1300; rm /var/lib/vmctl/images/vm3-data.raw"
+        ),
         &[
             "Bridge/brvlan10",
             "VirtualMachine/vm1",
@@ -196,7 +207,8 @@ fn edits_are_planned_and_applied_as_declared() {
     assert!(tutorial.diff(1).contains("memory: 128Mi → 160Mi  (restart)"));
     tutorial.apply();
     assert_ne!(tutorial.pid("vm1"), pid1);
-    let total_kib = tutorial.guest("vm1").succeeds("sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo");
+    let total_kib =
+        tutorial.guest("vm1").succeeds("sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo");
     assert!(total_kib.parse::<u64>().unwrap() > 128 << 10, "{total_kib} KiB");
 
     // A disk grows under a running guest, which sees it at once.
@@ -240,7 +252,11 @@ fn edits_are_planned_and_applied_as_declared() {
     assert!(!run("ip link").contains("vm3.net0"));
 
     // A rename: the VM comes back under its new name, with its disks.
-    tutorial.edit("vm2.yaml", "kind: VirtualMachine\nmetadata:\n  name: vm2\n", "kind: VirtualMachine\nmetadata:\n  name: web\n");
+    tutorial.edit(
+        "vm2.yaml",
+        "kind: VirtualMachine\nmetadata:\n  name: vm2\n",
+        "kind: VirtualMachine\nmetadata:\n  name: web\n",
+    );
     vm2.succeeds("printf precious | dd of=/dev/vdb conv=fsync 2>/dev/null");
     tutorial.apply();
     tutorial.diff(0);
@@ -252,7 +268,9 @@ fn edits_are_planned_and_applied_as_declared() {
 /// What is on the host, apart from process ids.
 fn census() -> BTreeSet<String> {
     let links = run("ip -br -o link | sed 's/[@ ].*//'");
-    let files = run("find /var/lib/vmctl /run/vmctl -not -name lock -not -name console.log -not -path '*/.vmctl/tmp/*' | sort");
+    let files = run(
+        "find /var/lib/vmctl /run/vmctl -not -name lock -not -name console.log -not -path '*/.vmctl/tmp/*' | sort",
+    );
     links.lines().chain(files.lines()).map(str::to_owned).collect()
 }
 

@@ -53,7 +53,8 @@ impl Backoff {
 /// Between three quarters and five quarters of the doubled delay, the same for the same object and count.
 fn delay(object: &ObjectId, failures: u32) -> Duration {
     let doubled = FIRST.saturating_mul(1 << (failures - 1).min(16)).min(LONGEST);
-    let seed = object.to_string().bytes().fold(failures, |seed, byte| seed.wrapping_mul(31) ^ u32::from(byte));
+    let seed =
+        object.to_string().bytes().fold(failures, |seed, byte| seed.wrapping_mul(31) ^ u32::from(byte));
     let jitter = f64::from(seed % 1000) / 2000.0;
     doubled.mul_f64(0.75 + jitter).min(LONGEST)
 }

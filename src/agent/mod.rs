@@ -149,7 +149,10 @@ impl Agent<'_> {
             }
             Reading::Declared(declaration, fingerprint) => {
                 let count = declaration.desired.order.len();
-                self.log.state("source", &format!("source {path}: {count} objects, revision {}", short(fingerprint)));
+                self.log.state(
+                    "source",
+                    &format!("source {path}: {count} objects, revision {}", short(fingerprint)),
+                );
                 for warning in &declaration.warnings {
                     self.log.say(&warning.to_string());
                 }
@@ -166,7 +169,10 @@ impl Agent<'_> {
             Reading::Invalid(invalid) => {
                 self.source_is_good = false;
                 let texts: Vec<String> = invalid.0.iter().map(ToString::to_string).collect();
-                self.log.state("source", &format!("source {path}: {invalid}; {consequence}\n{}", texts.join("\n")));
+                self.log.state(
+                    "source",
+                    &format!("source {path}: {invalid}; {consequence}\n{}", texts.join("\n")),
+                );
             }
             Reading::Unsettled => {
                 self.log.state("source", &format!("source {path}: it keeps changing; {consequence}"));
@@ -242,7 +248,10 @@ impl Agent<'_> {
                     let before = self.started.insert(object.clone(), now);
                     if before.is_some_and(|before| now - before < STEADY) {
                         let delay = self.backoff.failed(object, now);
-                        self.log.say(&format!("{object} doesn't stay up; it is left alone for {} ms", delay.as_millis()));
+                        self.log.say(&format!(
+                            "{object} doesn't stay up; it is left alone for {} ms",
+                            delay.as_millis()
+                        ));
                     }
                 }
                 Outcome::Done { .. } => self.backoff.succeeded(object),
@@ -258,13 +267,18 @@ impl Agent<'_> {
     fn say_what_stands_still(&mut self, plan: &Plan) {
         let mut lines: Vec<String> = Vec::new();
         for action in &plan.actions {
-            lines.extend(action.blockers.iter().map(|blocker| format!("! {}: {}", action.object, blocker.because)));
+            lines.extend(
+                action.blockers.iter().map(|blocker| format!("! {}: {}", action.object, blocker.because)),
+            );
         }
         if plan.is_refused() {
             for refusal in &plan.refusals {
                 lines.push(format!("refused: {}", refusal.because));
             }
-            lines.push(format!("to allow exactly this: vmctl apply -f … --prune --approve {}", &plan.hash[..12]));
+            lines.push(format!(
+                "to allow exactly this: vmctl apply -f … --prune --approve {}",
+                &plan.hash[..12]
+            ));
         }
         let state = if lines.is_empty() { "in sync".to_owned() } else { lines.join("\n") };
         self.log.state("host", &state);
@@ -357,7 +371,7 @@ impl Agent<'_> {
             let quiet = self.due.burst.map(|(began, last)| (last + QUIET).min(began + QUIET_CAP));
             let until = [Some(resync), retry, quiet].into_iter().flatten().min().unwrap_or(resync);
             self.poll(until.saturating_duration_since(now))?;
-            while let Some(signal) = self.signals.next()? {
+            if let Some(signal) = self.signals.next()? {
                 match signal {
                     Signal::End => {
                         self.ends = true;

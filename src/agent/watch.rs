@@ -114,7 +114,8 @@ impl Watch {
         let mut path = self.source.clone();
         for _ in 0..LINKS_MAX {
             // Any part of the path may be a link.
-            let links = path.ancestors().filter(|part| part.is_symlink()).map(Path::to_owned).collect::<Vec<_>>();
+            let links =
+                path.ancestors().filter(|part| part.is_symlink()).map(Path::to_owned).collect::<Vec<_>>();
             directories.extend(path.parent().map(Path::to_owned));
             directories.extend(links.iter().filter_map(|link| link.parent().map(Path::to_owned)));
             let Some(outermost) = links.last() else { break };

@@ -102,8 +102,8 @@ impl Tutorial {
     #[track_caller]
     pub fn differing(&self) -> Vec<String> {
         let output = shell(&format!("vmctl diff --prune -o json -f {}", self.source.display()));
-        let report: serde_json::Value =
-            serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {}", said(&output)));
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout)
+            .unwrap_or_else(|error| panic!("{error}: {}", said(&output)));
         let actions = report["plan"]["actions"].as_array().expect("a plan has actions").iter();
         let mut names: Vec<String> = actions
             .filter(|action| action["verb"] != "noOp")
