@@ -126,8 +126,13 @@ fn boot(options: &Options) {
         }
         println!("launched {} ms, seen {} ms", launched.as_millis(), took.as_millis());
     }
-    if options.power_button {
+    // A guest may not listen yet: a person would press again.
+    for _ in 0..if options.power_button { 10 } else { 0 } {
+        if vm.has_ended() {
+            break;
+        }
         vm.control().command(&vmctl::vmm::protocol::Verb::PowerButton).unwrap();
+        std::thread::sleep(Duration::from_secs(2));
     }
     if let Some(text) = &options.typed {
         console.type_in(&text.replace("\\n", "\n"));
@@ -142,6 +147,11 @@ fn boot(options: &Options) {
                 _ => {}
             }
         }
-        println!("\nend: {:?}", vm.wait());
+        if vm.has_ended() || Instant::now() < deadline {
+            println!("\nend: {:?}", vm.wait());
+        } else {
+            let state = vm.control().state().unwrap();
+            println!("\nstill {:?} after {} reboots", state.phase, state.reboots);
+        }
     }
 }

@@ -444,12 +444,22 @@ fn pools_are_refused_and_adopted_by_the_rules() {
     assert!(!host.outside("real/.vmctl").exists());
     create(&real, mine.clone()).unwrap();
     assert_eq!(fs::read(real.join("data.raw")).unwrap(), b"old");
-    assert!(matches!(create(&real, mark("StoragePool", "other")), Err(StepError::NotOurs { .. })));
+    let foreign: vmctl::name::Mark = "vmctl:prod:StoragePool/pool".parse().unwrap();
+    assert!(matches!(create(&real, foreign.clone()), Err(StepError::NotOurs { .. })));
+    // Neither may another set take the name for another directory.
+    assert!(matches!(create(&host.outside("new"), foreign), Err(StepError::NotOurs { .. })));
     let forget = |mark| Step::ForgetPool { name: name("pool"), path: real.clone(), mark };
     assert!(matches!(host.run(&forget(mark("StoragePool", "other"))), Err(StepError::NotOurs { .. })));
     // An undeclared pool is remembered; without its directory it is absent, not unknown.
     let (pools, _) = host.storage.observe(&Scope::default());
     assert_eq!(pools[&name("pool")].as_ref().unwrap().path, real);
+    // The same set may rename it: one name is left.
+    let (renamed, owner) = (name("renamed"), mark("StoragePool", "renamed"));
+    host.run(&Step::CreatePool { name: renamed.clone(), path: real.clone(), mark: owner.clone() }).unwrap();
+    let (pools, _) = host.storage.observe(&Scope::default());
+    assert_eq!(pools.keys().collect::<Vec<_>>(), [&renamed]);
+    assert_eq!(pools[&renamed].as_ref().unwrap().directory.as_ref().unwrap().mark, Some(owner));
+    create(&real, mine.clone()).unwrap();
     fs::rename(&real, host.outside("moved")).unwrap();
     let (pools, _) = host.storage.observe(&Scope::default());
     assert_eq!(pools[&name("pool")].as_ref().unwrap().directory, None);
@@ -598,6 +608,13 @@ fn a_nobodys_image_is_taken_in_only_with_the_right_content() {
     assert_eq!(host.directory().images[&image.file].mark, Some(host.image_mark()));
     let other = Step::DeleteImage { image: image.clone(), mark: mark("Image", "other") };
     assert!(matches!(host.run(&other), Err(StepError::NotOurs { .. })));
+    // Another name of the same set takes it over, another set doesn't.
+    let import = |owner: &str| {
+        let (image, source, sha256) = (image.clone(), source.clone(), sha256_of(&source));
+        host.run(&Step::ImportImage { image, source, sha256, mark: owner.parse().unwrap() })
+    };
+    import("vmctl:default:Image/renamed").unwrap();
+    assert!(matches!(import("vmctl:prod:Image/image"), Err(StepError::NotOurs { .. })));
     // Somebody put it there himself: with the content it is taken, without it isn't.
     fs::remove_file(image.path()).unwrap();
     fs::copy(&source, image.path()).unwrap();
@@ -624,26 +641,80 @@ fn progress_is_told() {
     assert!(told.len() >= 4 && told.is_sorted() && told.last() == Some(&(80 * MIB, 80 * MIB)), "{told:?}");
 }
 
-/// An overlay that isn't ours may be smaller than its backing file: growing must not uncover it.
+/// An overlay that isn't ours may be smaller than its backing file: growing would uncover that.
 #[test]
-fn growing_an_adopted_overlay_uncovers_nothing() {
+fn an_adopted_overlay_is_not_grown_over_hidden_data() {
     let host = Host::new(&Ground::here());
     host.make_pool();
-    let base = host.outside("base.raw");
-    fs::write(&base, vec![0x55; 16 * MIB as usize]).unwrap();
-    let path = host.path.join("small.qcow2");
-    qemu_img(&["create", "-q", "-f", "qcow2", "-b", text(&base), "-F", "raw", text(&path), "4M"]);
-    let file = "small.qcow2".to_owned();
-    let (pool_path, owner) = (host.path.clone(), mark("Volume", "small"));
-    host.run(&Step::AdoptVolume { pool_path, file: file.clone(), mark: owner, reclaim_delete: false })
-        .unwrap();
-    host.grow(&file, Qcow2, 32 * MIB).unwrap();
-    check(&path, Qcow2);
-    let flat = host.outside("flat.raw");
-    qemu_img(&["convert", "-f", "qcow2", "-O", "raw", text(&path), text(&flat)]);
-    let bytes = fs::read(&flat).unwrap();
-    assert!(bytes[..4 * MIB as usize].iter().all(|&byte| byte == 0x55));
-    assert!(bytes[4 * MIB as usize..].iter().all(|&byte| byte == 0));
+    let base = host.raw_source("base.raw", 16 * MIB);
+    for (volume, size, uncovers) in [("small", "4M", true), ("large", "16M", false)] {
+        let file = format!("{volume}.qcow2");
+        let path = host.path.join(&file);
+        qemu_img(&["create", "-q", "-f", "qcow2", "-b", text(&base), "-F", "raw", text(&path), size]);
+        let (pool_path, owner) = (host.path.clone(), mark("Volume", volume));
+        let adopt = Step::AdoptVolume { pool_path, file: file.clone(), mark: owner, reclaim_delete: false };
+        host.run(&adopt).unwrap();
+        match host.grow(&file, Qcow2, 32 * MIB) {
+            Err(error) => {
+                assert!(uncovers && error.to_string().contains("base.raw is larger than it"), "{error}")
+            }
+            Ok(()) => {
+                assert!(!uncovers);
+                same_content(&base, Raw, &path, Qcow2, 32 * MIB);
+            }
+        }
+        check(&path, Qcow2);
+    }
+}
+
+/// Growing is one write of the header: what the table has room for, and not a byte more.
+#[test]
+fn qcow2_images_grow_within_their_table() {
+    let host = Host::new(&Ground::here());
+    host.make_pool();
+    let tebibyte = 1u64 << 40;
+    let ours = host.create("ours", Qcow2, MIB, NewVolumeContent::Blank, false).unwrap();
+    let mut foreign = Vec::new();
+    for (volume, options) in [
+        ("plain", "cluster_size=65536"),
+        ("old", "compat=0.10"),
+        ("tiny", "cluster_size=512"),
+        ("huge", "cluster_size=2M"),
+        ("narrow", "refcount_bits=1"),
+    ] {
+        let file = format!("{volume}.qcow2");
+        qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, text(&host.path.join(&file)), "1M"]);
+        let (pool_path, mark) = (host.path.clone(), mark("Volume", volume));
+        host.run(&Step::AdoptVolume { pool_path, file: file.clone(), mark, reclaim_delete: false }).unwrap();
+        foreign.push(file);
+    }
+    for (file, room) in [
+        (&ours, 4 * tebibyte),
+        (&foreign[0], 4 * tebibyte),
+        (&foreign[1], 4 * tebibyte),
+        (&foreign[2], 2 * MIB),
+        (&foreign[3], 131_072 * tebibyte),
+        (&foreign[4], 4 * tebibyte),
+    ] {
+        let path = host.path.join(file);
+        let error = host.grow(file, Qcow2, room + 512).unwrap_err().to_string();
+        assert!(error.contains(&format!("room for {room} bytes")), "{file}: {error}");
+        host.grow(file, Qcow2, room).unwrap();
+        check(&path, Qcow2);
+        // It is a disk to write to, up to its last sector.
+        for at in [0, room / 2, room - 512] {
+            run("qemu-io", &["-f", "qcow2", "-c", &format!("write -P 0x5a {at} 512"), text(&path)]);
+        }
+        for at in [0, room / 2, room - 512] {
+            let output =
+                run("qemu-io", &["-f", "qcow2", "-c", &format!("read -P 0x5a {at} 512"), text(&path)]);
+            assert!(!output.contains("failed"), "{file}: {output}");
+        }
+        check(&path, Qcow2);
+    }
+    // Made large, whatever it takes: that happens where nobody sees it yet.
+    let file = host.create("large", Qcow2, 16 * tebibyte, NewVolumeContent::Blank, false).unwrap();
+    check(&host.path.join(file), Qcow2);
 }
 
 /// Does steps for ever, to be killed; see [`kill_at_random_instants`].
@@ -651,12 +722,21 @@ fn growing_an_adopted_overlay_uncovers_nothing() {
 fn crash_child() {
     let Some(base) = std::env::var_os("VMCTL_STORAGE_CRASH_BASE") else { return };
     let host = Host::at(Path::new(&base));
-    let (raw, qcow2) = (host.outside("source.raw"), host.outside("source.qcow2"));
+    // Before it says that it is ready: hashing takes longer than the steps.
+    let imports = [("source.raw", Raw), ("source.qcow2", Qcow2)].map(|(source, format)| {
+        let source = host.outside(source);
+        let sha256 = sha256_of(&source);
+        let image = host.image_file(&sha256.to_string(), format);
+        Step::ImportImage { image, source, sha256, mark: host.image_mark() }
+    });
     println!("ready");
     for round in 0u64.. {
         host.make_pool();
-        let raw_image = host.import(&raw, Raw).unwrap();
-        let qcow2_image = host.import(&qcow2, Qcow2).unwrap();
+        let [raw_image, qcow2_image] = imports.each_ref().map(|step| {
+            host.run(step).unwrap();
+            let Step::ImportImage { image, .. } = step else { unreachable!() };
+            image.clone()
+        });
         let contents = [
             ("blank", NewVolumeContent::Blank),
             ("from-raw", NewVolumeContent::CopyOf(raw_image.clone())),
@@ -707,7 +787,7 @@ fn kill_at_random_instants(host: &Host, times: u32) {
             let bytes = facts.header.virtual_size_bytes;
             let raw = file.ends_with(".raw");
             assert!([24 * MIB, 32 * MIB].contains(&bytes), "round {round}: {file} has {bytes} bytes");
-            check_after_crash(&path, if raw { Raw } else { Qcow2 });
+            check(&path, if raw { Raw } else { Qcow2 });
             if !file.starts_with("blank") {
                 same_content(&raw_source, Raw, &path, if raw { Raw } else { Qcow2 }, bytes);
             }

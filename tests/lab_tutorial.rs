@@ -140,7 +140,7 @@ fn drifts_are_named_and_healed_and_nothing_else_is_touched() {
     let uptime = vm1.uptime_s();
 
     // One drift after the other, each named alone.
-    let mut drift = |what: &str, command: &str, names: &[&str]| {
+    let drift = |what: &str, command: &str, names: &[&str]| {
         run(command);
         assert_eq!(tutorial.differing(), names, "{what}");
         tutorial.apply();
@@ -193,7 +193,7 @@ fn edits_are_planned_and_applied_as_declared() {
     }
     let tutorial = Tutorial::new();
     tutorial.apply();
-    let mut vm1 = tutorial.guest("vm1");
+    tutorial.guest("vm1");
     let mut vm2 = tutorial.guest("vm2");
     let (pid1, pid2) = (tutorial.pid("vm1"), tutorial.pid("vm2"));
 

@@ -7,19 +7,38 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use vmctl::load::{Input, Loaded, Options, load};
+use vmctl::load::{Diagnostic, Input, Options, load};
+use vmctl::name::{ObjectId, SetName};
+use vmctl::pipeline::{Invalid, declare};
 
 const BAD: &str = "tests/manifests/bad";
 const GOOD: &str = "tests/manifests/good";
 
-/// What `vmctl validate` would find: problems of single objects, then those between objects.
-fn check(path: &Path) -> Loaded {
+/// What `vmctl validate` finds.
+struct Found {
+    /// Of single objects, then between objects.
+    problems: Vec<Diagnostic>,
+    good: Vec<ObjectId>,
+    unusable: Vec<ObjectId>,
+    complete: bool,
+}
+
+fn check(path: &Path) -> Found {
     let input = if path.is_dir() {
         Input::Directory { path: path.to_owned(), recursive: false }
     } else {
         Input::File(path.to_owned())
     };
-    load(&[input], &Options::default())
+    let loaded = load(&[input], &Options::default());
+    let complete = loaded.complete;
+    assert_eq!(complete, !loaded.problems.iter().any(Diagnostic::is_error), "{}", path.display());
+    let good = loaded.manifests.iter().map(|manifest| manifest.id.clone()).collect();
+    let unusable = loaded.unusable.iter().cloned().collect();
+    let problems = match declare(SetName::parse("default").unwrap(), loaded) {
+        Ok(declaration) => declaration.warnings,
+        Err(Invalid(problems)) => problems,
+    };
+    Found { problems, good, unusable, complete }
 }
 
 fn cases(directory: &str) -> Vec<PathBuf> {
@@ -30,17 +49,18 @@ fn cases(directory: &str) -> Vec<PathBuf> {
     cases
 }
 
-fn render(loaded: &Loaded) -> String {
+fn render(found: &Found) -> String {
     let mut text = String::new();
-    for problem in &loaded.problems {
+    for problem in &found.problems {
         text.push_str(&format!("{problem}\n\n"));
     }
-    let good: Vec<String> = loaded.manifests.iter().map(|manifest| manifest.id.to_string()).collect();
-    let unusable: Vec<String> = loaded.unusable.iter().map(ToString::to_string).collect();
-    let or_none = |list: Vec<String>| if list.is_empty() { "none".to_owned() } else { list.join(", ") };
-    text.push_str(&format!("good: {}\n", or_none(good)));
-    text.push_str(&format!("unusable: {}\n", or_none(unusable)));
-    text.push_str(&format!("complete: {}\n", loaded.complete));
+    let list = |ids: &[ObjectId]| match ids {
+        [] => "none".to_owned(),
+        ids => ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
+    };
+    text.push_str(&format!("good: {}\n", list(&found.good)));
+    text.push_str(&format!("unusable: {}\n", list(&found.unusable)));
+    text.push_str(&format!("complete: {}\n", found.complete));
     text.replace(&format!("{BAD}/"), "")
 }
 
@@ -51,16 +71,15 @@ fn bad_manifests_are_refused_as_expected() {
     assert!(cases.len() >= 60, "{} cases", cases.len());
     let mut wrong = Vec::new();
     for case in &cases {
-        let loaded = check(case);
+        let found = check(case);
         let name = case.display();
-        assert!(!loaded.problems.is_empty(), "{name}: no problem was found");
-        assert_eq!(loaded.complete, !loaded.problems.iter().any(|problem| problem.is_error()), "{name}");
-        let located = loaded.problems.iter().all(|problem| problem.location.is_some());
+        assert!(!found.problems.is_empty(), "{name}: no problem was found");
+        let located = found.problems.iter().all(|problem| problem.location.is_some());
         assert!(
             located || case.is_dir() || name.to_string().contains("comments-only"),
             "{name}: a problem without a place"
         );
-        let text = render(&loaded);
+        let text = render(&found);
         let expected = case.with_extension("expected");
         if update {
             fs::write(&expected, &text).unwrap();
@@ -91,9 +110,9 @@ fn every_expectation_belongs_to_a_case() {
 #[test]
 fn good_manifests_are_accepted() {
     for case in cases(GOOD) {
-        let loaded = check(&case);
-        let problems: Vec<String> = loaded.problems.iter().map(ToString::to_string).collect();
+        let found = check(&case);
+        let problems: Vec<String> = found.problems.iter().map(ToString::to_string).collect();
         assert!(problems.is_empty(), "{}", problems.join("\n"));
-        assert!(loaded.complete && loaded.unusable.is_empty() && !loaded.manifests.is_empty());
+        assert!(found.complete && found.unusable.is_empty() && !found.good.is_empty());
     }
 }

@@ -54,7 +54,9 @@ pub fn load_sources(sources: Sources, options: &Options) -> Loaded {
     let more = loaded.problems.len().saturating_sub(options.limits.problems_total);
     if more > 0 {
         loaded.problems.truncate(options.limits.problems_total);
-        loaded.problems.push(Diagnostic::error(format!("{more} more problems; the first ones are above")));
+        let mut last = Diagnostic::error(format!("{more} more problems from here on"));
+        last.location = loaded.problems.last().and_then(|problem| problem.location.clone());
+        loaded.problems.push(last);
     }
     loaded
 }

@@ -526,3 +526,7 @@ fn scalar_hint(form: &Form, typed: Typed, scalar: &Scalar<'_>, odd: Option<Surpr
         _ => None,
     }
 }
+
+#[cfg(test)]
+#[path = "check_tests.rs"]
+mod tests;

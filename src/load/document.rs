@@ -92,7 +92,17 @@ impl<'a> Node<'a> {
         }
     }
 
-    /// Calls `see` for each node with its RFC 6901 pointer, its key's span and its own.
+    /// Where to point when this value is meant: at itself if it is a written scalar, else at its key or
+    /// its first one, for a collection fills many lines.
+    pub fn shown(&self, key: Option<Span>) -> Span {
+        match &self.value {
+            Value::Scalar(_) if self.span.start < self.span.end => self.span,
+            Value::Map(entries) if key.is_none() => entries.first().map_or(self.span, |entry| entry.key_span),
+            _ => key.unwrap_or(self.span),
+        }
+    }
+
+    /// Calls `see` for each node with its RFC 6901 pointer, its key's span and where to show it.
     pub fn visit(&self, see: &mut dyn FnMut(&str, Option<Span>, Span)) {
         self.visit_below(&mut String::new(), None, see);
     }
@@ -103,7 +113,7 @@ impl<'a> Node<'a> {
         key: Option<Span>,
         see: &mut dyn FnMut(&str, Option<Span>, Span),
     ) {
-        see(pointer, key, self.span);
+        see(pointer, key, self.shown(key));
         let length = pointer.len();
         match &self.value {
             Value::Scalar(_) => {}

@@ -35,7 +35,7 @@ pub struct SourceFile {
     last_index: Mutex<Option<(Range<usize>, Arc<PointerIndex>)>>,
 }
 
-/// For each RFC 6901 pointer of a document: its key's span where it has one, and its value's.
+/// For each RFC 6901 pointer of a document: its key's span where it has one, and where to show it.
 type PointerIndex = BTreeMap<String, (Option<Span>, Span)>;
 
 impl fmt::Debug for SourceFile {
@@ -179,10 +179,10 @@ impl Origin {
         let full = format!("{}{pointer}", self.prefix);
         let mut rest = full.as_str();
         loop {
-            if let Some(&(key, value)) = index.get(rest) {
+            if let Some(&(key, shown)) = index.get(rest) {
                 let exact = rest.len() == full.len();
                 // A value that is missing is best shown by the key of the mapping that lacks it.
-                let span = if exact { value } else { key.unwrap_or(value) };
+                let span = if exact { shown } else { key.unwrap_or(shown) };
                 return self.file.place(if rest.is_empty() { self.object } else { span });
             }
             match rest.rfind('/') {
@@ -190,5 +190,56 @@ impl Origin {
                 None => return self.file.place(self.object),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::load::{Input, Options, load};
+
+    #[test]
+    fn places_count_characters_and_stay_in_their_line() {
+        let file = SourceFile::new("a", "é: x\r\nab\n".replace("\\r", "\r").replace("\\n", "\n"));
+        let place = |start, end| {
+            let location = file.place(Span::new(start, end)).location;
+            (location.line, location.column, location.len)
+        };
+        assert_eq!(place(4, 5), (1, 4, 1));
+        assert_eq!(place(4, 9), (1, 4, 1), "cut at the end of the line");
+        assert_eq!(place(7, 9), (2, 1, 2));
+        assert_eq!(place(1, 2), (1, 1, 1), "within a character");
+        assert_eq!(place(1000, 2000), (3, 1, 1), "past the end");
+        let long = SourceFile::new("a", "x".repeat(1000) + "y");
+        let place = long.place(Span::new(1000, 1001));
+        let snippet = place.snippet.unwrap();
+        assert_eq!(snippet.text.chars().nth(snippet.start as usize), Some('y'));
+        assert_eq!(place.location.column, 1001);
+    }
+
+    #[test]
+    fn origins_find_pointers_in_documents_and_in_items_of_lists() {
+        let bridge = "apiVersion: vmctl.dev/v1alpha1\nkind: Bridge\nmetadata:\n  name: br0\nspec:\n  ports:\n    - interface: eth1\n";
+        let text = format!("# First.\n---\n{bridge}");
+        let loaded = load(&[Input::Text { name: "a".into(), text }], &Options::default());
+        let origin = &loaded.manifests[0].origin;
+        assert_eq!(origin.line(), 3);
+        let at = |pointer| {
+            let location = origin.at(pointer);
+            (location.line, location.column)
+        };
+        assert_eq!(at("/spec/ports/0/interface"), (9, 18));
+        assert_eq!(at("/spec/ports/0"), (9, 7));
+        assert_eq!(at("/spec/ports"), (8, 3));
+        assert_eq!(at("/spec/mtu"), (7, 1), "a default is shown at the mapping that lacks it");
+        assert_eq!(at("/spec/ports/7"), (8, 3));
+        assert_eq!(at(""), (3, 1));
+        assert_eq!(at("/nonsense~1/~"), (3, 1));
+        let items: String = bridge.lines().map(|line| format!("    {line}\n")).collect();
+        let text = format!("kind: List\napiVersion: v1\nitems:\n  - {}", items.trim_start());
+        let loaded = load(&[Input::Text { name: "a".into(), text }], &Options::default());
+        let origin = &loaded.manifests[0].origin;
+        assert_eq!((origin.line(), origin.at("/metadata/name").line), (4, 7));
+        assert_eq!(origin.at("/spec/mtu").line, 8);
     }
 }

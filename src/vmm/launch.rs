@@ -150,7 +150,7 @@ fn check(config: &VmConfig) -> Result<(), LaunchFailure> {
         return fail(format!("{} vCPUs, not 1 to {VCPUS_MAX}", config.vcpus));
     }
     let memory = config.memory_bytes;
-    if !(MEMORY_BYTES_MIN..=MEMORY_BYTES_MAX).contains(&memory) || memory % (1 << 20) != 0 {
+    if !(MEMORY_BYTES_MIN..=MEMORY_BYTES_MAX).contains(&memory) || !memory.is_multiple_of(1 << 20) {
         return fail(format!(
             "{memory} bytes of memory: not a multiple of 1 MiB between {MEMORY_BYTES_MIN} and {MEMORY_BYTES_MAX}"
         ));

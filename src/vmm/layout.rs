@@ -9,6 +9,7 @@
 //!  0x0009_fc00  ├──────────────────────────────┤
 //!               │ (reserved, still RAM)        │
 //!               │ 0xe_0000 ACPI: RSDP, tables  │
+//!               │ 0xf_fff0 reset vector        │
 //!  0x0010_0000  ├──────────────────────────────┤
 //!               │ kernel, at its own address   │
 //!               │ …                            │
@@ -41,7 +42,9 @@ pub const CMDLINE_BYTES_MAX: usize = 0x1_0000;
 /// The RAM below the legacy area ends here.
 pub const LOW_RAM_END: u64 = 0x9_fc00;
 pub const ACPI_START: u64 = 0xe_0000;
-pub const ACPI_END: u64 = 0x10_0000;
+pub const ACPI_END: u64 = 0xf_0000;
+/// Where a BIOS starts: the processor's reset vector, as real mode reaches it.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 pub const KERNEL_MIN: u64 = 0x10_0000;
 
 pub const VIRTIO_MMIO_START: u64 = 0xd000_0000;

@@ -17,7 +17,7 @@ use kvm_bindings::{
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
-use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion as _};
+use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::acpi::{self, AcpiError};
@@ -33,6 +33,7 @@ use super::device::net::{Net, NetError, NetHandle};
 use super::gate::{Gate, Order};
 use super::layout;
 use super::memory::{self, GuestMemory, MemoryError};
+use super::power;
 use super::serial::SerialPort;
 use super::transport::VirtioDevice;
 use super::transport::mmio::MmioTransport;
@@ -234,6 +235,9 @@ impl Machine {
         let rsdp = acpi::write_tables(&self.memory, self.vcpu_count, self.transports.len())?;
         let entry = boot::load(&self.memory, self.memory_bytes, &self.boot, rsdp)?;
         cpu::entry::write_gdt(&self.memory, entry).map_err(BootError::Memory)?;
+        self.memory
+            .write_slice(&power::RESET_VECTOR_CODE, GuestAddress(layout::RESET_VECTOR))
+            .map_err(BootError::Memory)?;
         Ok(entry)
     }
 

@@ -21,6 +21,21 @@ const PCI_RESET_CPU: u8 = 1 << 2;
 const KEYBOARD_COMMAND_PORT: u16 = 0x64;
 const KEYBOARD_PULSE_RESET: u8 = 0xfe;
 
+/// Real-mode code for the processor's reset vector, which resets the machine. Linux jumps there when it
+/// runs on hardware-reduced ACPI without EFI: it then takes EFI for the one way to reboot, and the BIOS
+/// for the next, and never looks at the ACPI reset register.
+pub const RESET_VECTOR_CODE: [u8; 9] = [
+    0xba,
+    RESET_PORT.to_le_bytes()[0],
+    RESET_PORT.to_le_bytes()[1], // mov dx, RESET_PORT
+    0xb0,
+    RESET_VALUE, // mov al, RESET_VALUE
+    0xee,        // out dx, al
+    0xf4,        // hlt
+    0xeb,
+    0xfd, // jmp to hlt
+];
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PowerRequest {
     Reset,

@@ -83,9 +83,9 @@ impl Supervisor {
         let watch = |fd: &dyn std::os::fd::AsFd, token| {
             epoll::add(&*epoll, fd.as_fd(), EventData::new_u64(token), EventFlags::IN)
         };
-        watch(&borrow(&*signals.vcpu_wake), VCPU_EVENT)?;
+        watch(&borrow(&signals.vcpu_wake), VCPU_EVENT)?;
         watch(&borrow(signals.output.wake()), OUTPUT)?;
-        watch(&borrow(&*signals.input_wanted), INPUT_WANTED)?;
+        watch(&borrow(&signals.input_wanted), INPUT_WANTED)?;
         watch(&outside.termination, SIGNAL)?;
         let now = Instant::now();
         Ok(Self {

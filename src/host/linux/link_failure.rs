@@ -123,6 +123,9 @@ fn hint(step: &Step, doing: &Doing, refusal: &Refusal) -> Option<String> {
         (Doing::Mtu(_), libc::EINVAL) => {
             "`ip -d link` shows the device's least and greatest MTU (minmtu, maxmtu); a VLAN's may not exceed its parent's"
         }
+        (Doing::Up(true), libc::ENETDOWN) => {
+            "its parent is down, and a VLAN device is up no longer than its parent: bring that up first"
+        }
         (Doing::Create, libc::EEXIST) if is_vlan => {
             "the parent carries this VLAN already, under another name: `ip -d link show type vlan`"
         }

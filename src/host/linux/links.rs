@@ -3,7 +3,7 @@
 //! Only the attributes that we know are decoded, from the raw messages: a link carries sixty of them,
 //! and decoding all would cost more than the kernel's own work. Nothing here changes a link.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::net::IpAddr;
 
@@ -61,7 +61,7 @@ pub fn observe() -> Observed<BTreeMap<LinkName, Link>> {
     if raw.iter().any(filters) {
         vlans = dump_port_vlans(&mut netlink).map_err(failed("list the VLANs of the bridge ports"))?;
     }
-    let filtering: Vec<u32> = raw.iter().filter(|link| filters(link)).map(|link| link.index).collect();
+    let filtering: HashSet<u32> = raw.iter().filter(|link| filters(link)).map(|link| link.index).collect();
     let names: HashMap<u32, LinkName> = raw.iter().map(|link| (link.index, link.name.clone())).collect();
 
     let mut links: HashMap<u32, Link> = HashMap::with_capacity(raw.len());

@@ -5,11 +5,10 @@ use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 use std::ptr;
 
 use super::{SandboxError, check};
+use crate::vmm::device::worker::share_one_heap;
 
 /// More than the devices of a full machine with long backing chains need.
 const OPEN_FILES_MAX: u64 = 1024;
-/// glibc's malloc would make an arena of its own for each thread.
-const ARENAS_MAX: libc::c_int = 1;
 
 /// Which process returned from [`daemonise`].
 pub enum Side {
@@ -31,13 +30,12 @@ pub fn daemonise(keep: RawFd) -> Result<Side, SandboxError> {
     if fork()? {
         return Ok(Side::Parent);
     }
-    // SAFETY: no thread runs beside this one: the environment, the allocator's parameters and the
-    // process's descriptors are ours alone, and nothing but `keep` and standard I/O is in use.
+    // SAFETY: no thread runs beside this one: the environment and the process's descriptors
+    // are ours alone, and nothing but `keep` and standard I/O is in use.
     unsafe {
         check("change to /", libc::chdir(c"/".as_ptr()))?;
         libc::umask(0o077);
         libc::clearenv();
-        libc::mallopt(libc::M_ARENA_MAX, ARENAS_MAX);
         let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC);
         check("open /dev/null", null)?;
         for standard in 0..=2 {
@@ -47,6 +45,7 @@ pub fn daemonise(keep: RawFd) -> Result<Side, SandboxError> {
         check("close inherited descriptors", libc::close_range(from, libc::c_uint::MAX, 0))?;
         reset_signals();
     }
+    share_one_heap();
     Ok(Side::Daemon)
 }
 

@@ -97,26 +97,6 @@ const EVENT_LOOP: &[i64] = &[
     libc::SYS_statx,
 ];
 
-const BLOCK: &[i64] = &[
-    libc::SYS_fallocate,
-    libc::SYS_fdatasync,
-    libc::SYS_fstat,
-    libc::SYS_fsync,
-    libc::SYS_ftruncate,
-    libc::SYS_lseek,
-    libc::SYS_newfstatat,
-    libc::SYS_pread64,
-    libc::SYS_preadv,
-    libc::SYS_pwritev,
-    libc::SYS_statx,
-];
-
-const NET: &[i64] = &[libc::SYS_fcntl, libc::SYS_readv, libc::SYS_writev];
-
-/// Of taps: the features and header size that the guest has negotiated.
-const TUNSETOFFLOAD: u32 = 0x4004_54d0;
-const TUNSETVNETHDRSZ: u32 = 0x4004_54d8;
-
 const KVM_TYPE: u32 = 0xae;
 const KVM_RUN: u32 = ioctl(0, 0x80, 0);
 const KVM_SET_REGS: u32 = ioctl(WRITE, 0x82, size_of::<kvm_regs>());
@@ -171,9 +151,9 @@ impl Filters {
         Ok(Self {
             event_loop: build(EVENT_LOOP, &[KVM_SET_IRQCHIP, TUNGETIFF])?,
             vcpu: Arc::new(build(&[], VCPU_IOCTLS)?),
-            block: Arc::new(build(BLOCK, &[])?),
-            net: Arc::new(build(NET, &[TUNGETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ])?),
-            entropy: Arc::new(build(&[], &[])?),
+            block: Arc::new(for_device(ThreadRole::Block, mode)?),
+            net: Arc::new(for_device(ThreadRole::Net, mode)?),
+            entropy: Arc::new(for_device(ThreadRole::Entropy, mode)?),
         })
     }
 
@@ -199,6 +179,14 @@ impl Filters {
     pub fn enter_event_loop(&self) -> io::Result<()> {
         install(&self.event_loop)
     }
+}
+
+/// Devices say themselves what their threads need.
+fn for_device(role: ThreadRole, mode: Mode) -> Result<BpfProgram, SandboxError> {
+    let calls: Vec<i64> = role.system_calls().collect();
+    // Requests are 32 bits wide.
+    let ioctls: Vec<u32> = role.ioctls().iter().map(|&request| request as u32).collect();
+    compile(&calls, &ioctls, mode)
 }
 
 fn install(filter: &BpfProgram) -> io::Result<()> {

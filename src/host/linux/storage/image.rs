@@ -153,8 +153,8 @@ pub fn import(
     }
 }
 
-/// Whether the image is in the cache already. One that is nobody's becomes ours if its digest,
-/// recorded by us or found by reading it, is the declared one.
+/// Whether the image is in the cache already. One that is nobody's, or of the same set under another
+/// name, becomes this owner's once it was read and has the declared digest.
 fn adopt_cached(
     pool: &PoolDirectory,
     image: &ImageFile,
@@ -163,11 +163,11 @@ fn adopt_cached(
 ) -> Result<bool, StepError> {
     let Some(mut entry) = pool.entry(Place::Images, &image.file, false)? else { return Ok(false) };
     if let (Some(owner), Some(wanted)) = (&entry.marks.owner, &marks.owner)
-        && owner != wanted
+        && owner.set != wanted.set
     {
         return Err(directory::not_ours(what.to_owned(), Some(owner), wanted));
     }
-    if entry.marks.sha256 != marks.sha256 {
+    if (&entry.marks.sha256, &entry.marks.owner) != (&marks.sha256, &marks.owner) {
         let failed = |errno: Errno| StepError::failed(what, errno);
         let length = entry.bytes()?;
         let mut meter = Meter::new(None, entry.path(), length);

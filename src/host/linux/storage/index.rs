@@ -67,7 +67,8 @@ pub fn entries(state_dir: &Path) -> Observed<BTreeMap<ObjectName, Observed<Index
     Ok(found)
 }
 
-/// Writes the entry; refuses to replace another owner's.
+/// Writes the entry; refuses to replace another set's. Other names of the set for the same directory
+/// are forgotten: the pool was renamed.
 pub fn register(state_dir: &Path, pool: &ObjectName, entry: &IndexEntry) -> Result<(), StepError> {
     let what = || format!("register the pool {pool} in {}", state_dir.join("pools").display());
     let failed = |errno: Errno| StepError::failed(what(), errno);
@@ -75,15 +76,32 @@ pub fn register(state_dir: &Path, pool: &ObjectName, entry: &IndexEntry) -> Resu
     let directory = open(state_dir).map_err(failed)?.ok_or_else(|| failed(Errno::NOENT))?;
     let _lock = take_lock(&directory).map_err(failed)?;
     match read(&directory, &file_name(pool)) {
-        Ok(Some(old)) if old == *entry => return Ok(()),
-        Ok(Some(old)) if old.mark != entry.mark => {
+        Ok(Some(old)) if old.mark.set != entry.mark.set => {
             return Err(directory::not_ours(what(), Some(&old.mark), &entry.mark));
         }
+        Ok(Some(old)) if old == *entry => {}
         // Missing, moved, or not to be understood: the new one says more.
-        _ => {}
+        _ => {
+            let text = serde_json::to_vec(entry).map_err(|error| StepError::failed(what(), error))?;
+            directory::replace_file(&directory, ".entry", &directory, &file_name(pool), &text)
+                .map_err(failed)?;
+        }
     }
-    let text = serde_json::to_vec(entry).map_err(|error| StepError::failed(what(), error))?;
-    directory::replace_file(&directory, ".entry", &directory, &file_name(pool), &text).map_err(failed)
+    for name in directory::regular_names(&directory).map_err(failed)? {
+        let old = name.ends_with(".json") && name != file_name(pool);
+        let Some(Ok(Some(old))) = old.then(|| read(&directory, &name)) else { continue };
+        if old.path == entry.path && old.mark.set == entry.mark.set {
+            remove(&directory, &name).map_err(failed)?;
+        }
+    }
+    Ok(())
+}
+
+fn remove(directory: &OwnedFd, name: &str) -> Result<(), Errno> {
+    match rustix::fs::unlinkat(directory, name, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => rustix::fs::fsync(directory),
+        Err(errno) => Err(errno),
+    }
 }
 
 /// Removes the entry, if it is this owner's.
@@ -100,10 +118,7 @@ pub fn forget(state_dir: &Path, pool: &ObjectName, mark: &Mark) -> Result<(), St
         // One that can't be understood remembers nothing.
         Ok(Some(_)) | Err(_) => {}
     }
-    match rustix::fs::unlinkat(&directory, file_name(pool), AtFlags::empty()) {
-        Ok(()) | Err(Errno::NOENT) => rustix::fs::fsync(&directory).map_err(failed),
-        Err(errno) => Err(failed(errno)),
-    }
+    remove(&directory, &file_name(pool)).map_err(failed)
 }
 
 fn take_lock(directory: &OwnedFd) -> Result<OwnedFd, Errno> {

@@ -14,6 +14,7 @@ mod index;
 mod lock;
 mod owner;
 mod qcow2;
+mod resize;
 mod scan;
 mod space;
 mod trash;
@@ -129,7 +130,8 @@ impl Storage {
         trash::expire(pool_path, ttl)
     }
 
-    /// An existing directory is marked and registered as it is: nothing in it changes hands.
+    /// An existing directory is marked and registered as it is: nothing in it changes hands. A pool
+    /// of the same set may take it over under another name.
     fn create_pool(&self, name: &ObjectName, path: &Path, mark: &Mark) -> Result<(), StepError> {
         let what = || format!("create the pool {name} in {}", path.display());
         directory::check_pool_path(path)?;
@@ -139,7 +141,7 @@ impl Storage {
                 let store = owner::MarkStore::of(&root);
                 let found = store.and_then(|store| directory::pool_mark(&root, store));
                 let found = found.map_err(|errno| StepError::failed(what(), errno))?;
-                if found.as_ref().is_some_and(|found| found != mark) {
+                if found.as_ref().is_some_and(|found| found.set != mark.set) {
                     return Err(directory::not_ours(what(), found.as_ref(), mark));
                 }
             }

@@ -59,14 +59,10 @@ pub fn create_overlay(file: &File, capacity_bytes: u64, backing: &str, format: D
     builder.size(capacity_bytes).backing(backing.to_owned(), format.to_owned()).create()
 }
 
-/// Grows the image. Up to `hide_below_bytes`, what is new is made to read as zeroes even where a
-/// backing file has data there.
-pub fn grow(file: &File, capacity_bytes: u64, hide_below_bytes: u64) -> io::Result<()> {
+/// Grows an image that nobody else sees yet: a kill in the middle of it may leave it damaged. See
+/// [`super::resize`] for one that is in use.
+pub fn grow_unseen(file: &File, capacity_bytes: u64) -> io::Result<()> {
     let image = open(file, true)?;
-    let hidden = capacity_bytes.min(hide_below_bytes);
-    if hidden > image.size() {
-        image.resize_grow(hidden, PreallocateMode::Zero)?;
-    }
     image.resize_grow(capacity_bytes, PreallocateMode::None)?;
     image.flush()
 }

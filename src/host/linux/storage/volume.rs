@@ -1,11 +1,13 @@
 //! Volumes: made whole under a temporary name, changed only with our mark and while unused.
 
 use std::fs::File;
+use std::path::Path;
 
 use super::copy::{self, Meter};
 use super::directory::{self, Place, PoolDirectory};
 use super::owner::Marks;
 use super::qcow2::{self, Sink, Source};
+use super::resize::{self, ResizeError};
 use super::space::{self, Space};
 use super::{ProgressHook, header, image};
 use crate::host::error::StepError;
@@ -191,7 +193,7 @@ fn copy_file(
             }
             Ok(())
         }
-        DiskFormat::Qcow2 => qcow2::grow(to, new.capacity_bytes, 0),
+        DiskFormat::Qcow2 => qcow2::grow_unseen(to, new.capacity_bytes),
     }
 }
 
@@ -226,7 +228,7 @@ fn create_overlay(
 
 /// Which volume a step speaks of.
 pub struct Target<'a> {
-    pub pool_path: &'a std::path::Path,
+    pub pool_path: &'a Path,
     pub file: &'a str,
     pub mark: &'a Mark,
 }
@@ -268,32 +270,42 @@ pub fn grow(target: &Target<'_>, format: DiskFormat, capacity_bytes: u64) -> Res
         return Ok(());
     }
     let space = Space::for_writing(&pool, 0);
-    let grown = match format {
-        DiskFormat::Raw => entry.file.set_len(capacity_bytes),
+    match format {
+        DiskFormat::Raw => entry.file.set_len(capacity_bytes).and_then(|()| entry.file.sync_all()),
         DiskFormat::Qcow2 => {
             let header =
                 header::of_file(&entry.file, file_bytes).map_err(|errno| StepError::failed(&what, errno))?;
-            let hidden = bytes_to_hide(&header, &entry.path(), capacity_bytes);
+            check_uncovers_nothing(&header, &entry.path(), &what)?;
             image::check_image(&ImageHeader { backing: None, ..header }, format, &what)?;
-            qcow2::grow(&entry.file, capacity_bytes, hidden)
+            match resize::grow_in_place(&entry.file, capacity_bytes) {
+                Err(ResizeError::Io(error)) => Err(error),
+                Err(error) => return Err(needs_qemu_img(&what, error.to_string())),
+                Ok(()) => Ok(()),
+            }
         }
-    };
-    grown.and_then(|()| entry.file.sync_all()).map_err(|error| space.explain(&what, error))
+    }
+    .map_err(|error| space.explain(&what, error))
 }
 
-/// How far the new part of a grown overlay must be zeroed, for its backing file reaches into it.
-/// Ours never do; an adopted overlay's may.
-fn bytes_to_hide(header: &ImageHeader, overlay: &std::path::Path, capacity_bytes: u64) -> u64 {
-    let Some(backing) = &header.backing else { return 0 };
+fn needs_qemu_img(what: &str, why: String) -> StepError {
+    StepError::Failed {
+        what: what.to_owned(),
+        why,
+        hint: Some("stop what uses it and grow it with `qemu-img resize -f qcow2`".to_owned()),
+    }
+}
+
+/// An overlay that is smaller than its backing file would show that file's data in what is new.
+/// Ours never are; an adopted one may be.
+fn check_uncovers_nothing(header: &ImageHeader, overlay: &Path, what: &str) -> Result<(), StepError> {
+    let Some(backing) = &header.backing else { return Ok(()) };
     let path = overlay.parent().unwrap_or(overlay).join(backing);
-    let opened = image::open_source(&path, "read the backing file's header");
-    match opened
-        .ok()
-        .and_then(|(file, bytes)| header::of_file(&file, bytes).ok().map(|header| (header, bytes)))
-    {
-        // Its format isn't known here, so the larger of what both would mean.
-        Some((backing, bytes)) => backing.virtual_size_bytes.max(bytes),
-        None => capacity_bytes,
+    let (file, bytes) = image::open_source(&path, what)?;
+    let backing = header::of_file(&file, bytes).map_err(|errno| StepError::failed(what, errno))?;
+    // Its format isn't known here, so the larger of what both would mean.
+    match backing.virtual_size_bytes.max(bytes) > header.virtual_size_bytes {
+        true => Err(needs_qemu_img(what, format!("its backing file {} is larger than it", path.display()))),
+        false => Ok(()),
     }
 }
 

@@ -338,6 +338,33 @@ fn qcow2_is_what_qemu_says_it_is() {
 }
 
 #[test]
+fn a_file_that_ends_within_its_last_cluster_reads_as_zeroes_there() {
+    let scratch = Scratch::new("short");
+    let path = scratch.path("disk");
+    tool("qemu-img", &["create", "-q", "-f", "qcow2", &path, "1M"]).unwrap();
+    tool("qemu-io", &["-f", "qcow2", "-c", "write -q -P 0x5a 0 64k", &path]).unwrap();
+    let file = File::options().write(true).open(&path).unwrap();
+    file.set_len(file.metadata().unwrap().len() - 4096).unwrap();
+    let read = started(block(&path, DiskFormat::Qcow2)).read_disk(0, 65536);
+    assert_eq!(read[..61440], [0x5a; 61440]);
+    assert_eq!(read[61440..], [0; 4096]);
+}
+
+#[test]
+fn a_reset_leaves_a_whole_image() {
+    let scratch = Scratch::new("reset-flush");
+    let path = scratch.path("disk");
+    tool("qemu-img", &["create", "-q", "-f", "qcow2", &path, "8M"]).unwrap();
+    let mut driver = started(block(&path, DiskFormat::Qcow2));
+    assert_eq!(driver.write_disk(1000, &[0x21; 65536]), OK);
+    driver.write(0x70, 0);
+    // The device still lives, but nothing is left in its memory alone.
+    tool("qemu-img", &["check", "-q", &path]).unwrap();
+    let said = tool("qemu-io", &["-f", "qcow2", "-r", "-c", "read -P 0x21 512000 65536", &path]).unwrap();
+    assert!(!said.contains("failed"), "{said}");
+}
+
+#[test]
 fn compressed_clusters_are_read_and_written_over() {
     let scratch = Scratch::new("compressed");
     let (raw, path) = (scratch.path("raw"), scratch.path("disk"));
@@ -431,6 +458,39 @@ fn disks_grow_while_they_run() {
     check_growing(&path, DiskFormat::Qcow2);
     tool("qemu-img", &["check", "-q", &path]).unwrap();
     assert!(tool("qemu-img", &["info", &path]).unwrap().contains("8 MiB (8388608 bytes)"));
+}
+
+/// A loop device, detached at the end.
+struct Loop(String);
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup").args(["-d", &self.0]).status();
+    }
+}
+
+#[test]
+fn a_block_device_is_looked_at_again() {
+    if !std::path::Path::new("/dev/loop-control").exists() {
+        println!("skipped: this kernel has no loop devices");
+        return;
+    }
+    let scratch = Scratch::new("device");
+    let file = scratch.raw("file", 4 * MIB);
+    let device = Loop(tool("losetup", &["-f", "--show", &file]).unwrap().trim().into());
+    check_zeroing(&device.0, DiskFormat::Raw);
+    let block = block(&device.0, DiskFormat::Raw);
+    let handle = block.handle();
+    let mut driver = started(block);
+    assert_eq!(handle.capacity_bytes(), 4 * MIB);
+    let Err(BlockError::Grow { source, .. }) = handle.resize(8 * MIB) else { panic!("it grew") };
+    assert!(source.to_string().contains("only 4194304 bytes"));
+    File::options().write(true).open(&file).unwrap().set_len(8 * MIB).unwrap();
+    tool("losetup", &["-c", &device.0]).unwrap();
+    handle.resize(8 * MIB).unwrap();
+    assert_eq!(u64::from(driver.read(0x100)), 8 * MIB / 512);
+    assert_eq!(driver.write_disk(16383, &[3; 512]), OK);
+    assert_eq!(driver.request(FLUSH, 0, &[]), OK);
 }
 
 #[test]
