@@ -1,3 +1,16 @@
-//! vmctl: turns a directory of YAML manifests into running virtual machines, and keeps them so.
+//! vmctl: manifests to running virtual machines on a Linux KVM host, and kept so.
+//!
+//! The map and the invariants are in `ARCHITECTURE.md`.
 
+pub mod agent;
+pub mod cli;
+pub mod execute;
+pub mod host;
+pub mod kinds;
+pub mod load;
+pub mod name;
+pub mod pipeline;
+pub mod plan;
+pub mod report;
+pub mod resolve;
 pub mod vmm;

@@ -1,1 +1,5 @@
-fn main() {}
+//! The command line: see `vmctl::cli`.
+
+fn main() -> std::process::ExitCode {
+    vmctl::cli::main(std::env::args_os())
+}

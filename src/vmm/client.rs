@@ -134,14 +134,19 @@ pub struct Control {
 impl Control {
     /// Connects to the control socket of a VM process.
     pub fn connect(path: &Path) -> Result<Self, ControlError> {
+        Self::connect_within(path, REQUEST_TIMEOUT)
+    }
+
+    /// The same, with a bound on each wait: for the connection, and for every packet on it.
+    pub fn connect_within(path: &Path, timeout: Duration) -> Result<Self, ControlError> {
         let failed = |source: io::Error| ControlError::Connect { path: path.to_owned(), source };
         let address = SocketAddrUnix::new(path).map_err(|errno| failed(errno.into()))?;
         let socket =
             rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
                 .map_err(|errno| failed(errno.into()))?;
         // A full backlog makes connect wait; the send time-out bounds that too.
-        for timeout in [Timeout::Recv, Timeout::Send] {
-            sockopt::set_socket_timeout(&socket, timeout, Some(REQUEST_TIMEOUT))
+        for which in [Timeout::Recv, Timeout::Send] {
+            sockopt::set_socket_timeout(&socket, which, Some(timeout))
                 .map_err(|errno| failed(errno.into()))?;
         }
         match rustix::io::retry_on_intr(|| rustix::net::connect(&socket, &address)) {

@@ -30,14 +30,24 @@ KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable"
 PAYLOAD_BYTES = 4 << 30
 SCRATCH_BYTES = 16 << 30
 CONSOLE_KEPT_BYTES = 64 * 1024
+# A panic with its back-trace; fewer lines would leave out the panic itself.
+CONSOLE_SHOWN_LINES = 100
 
 
 class LabError(Exception):
     """The lab itself failed, not the command in it."""
 
 
+class NotRestored(LabError):
+    """The saved lab is of no use."""
+
+
 class Hung(LabError):
-    """No sign of life from the lab."""
+    """No sign of life from the lab; `dump` says what the machine was doing."""
+
+    def __init__(self, text, dump):
+        super().__init__(text)
+        self.dump = dump
 
 
 class Machine:
@@ -47,6 +57,7 @@ class Machine:
         console, console_theirs = socket.socketpair()
         qmp, qmp_theirs = socket.socketpair()
         self.control, self.console, self.qmp = control, console, Qmp(qmp)
+        self.complaints = open(os.memfd_create("stderr"), "w+b")
         self.console_log = b""
         self.pending = b""
         fds = [control_theirs.fileno(), console_theirs.fileno(), qmp_theirs.fileno()]
@@ -74,7 +85,7 @@ class Machine:
             pass_fds=[*fds, ram_fd, payload_fd, scratch_fd],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stderr=self.complaints,
             start_new_session=True,  # Ctrl-C is for us: we end it in order
         )
         for theirs in (control_theirs, console_theirs, qmp_theirs):
@@ -83,15 +94,16 @@ class Machine:
     # ---- its life ---------------------------------------------------------------
 
     def restore(self, state_fd):
-        self.qmp.open()
-        self.qmp("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}])
-        self.qmp.give("state", state_fd)
-        self.qmp("migrate-incoming", uri="fd:state")
-        while (status := self.qmp("query-status")["status"]) in ("inmigrate",):
-            time.sleep(0.005)
-        if status not in ("paused", "prelaunch", "postmigrate"):
-            raise LabError(f"the saved lab does not load: {status}")
-        self.qmp("cont")
+        try:
+            self.qmp.open()
+            self.qmp("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}])
+            self.qmp.give("state", state_fd)
+            self.qmp("migrate-incoming", uri="fd:state")
+            while self.qmp("query-status")["status"] == "inmigrate":
+                time.sleep(0.005)
+            self.qmp("cont")
+        except LabError as error:
+            raise NotRestored(f"{error}: {self.last_words()}") from None
 
     def save(self, state_fd):
         """Stops it and writes all but its memory, which is in the file already."""
@@ -111,19 +123,22 @@ class Machine:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-        for channel in (self.control, self.console, self.qmp.socket, self.process.stderr):
+        for channel in (self.control, self.console, self.qmp.socket, self.complaints):
             channel.close()
 
     # ---- frames -----------------------------------------------------------------
 
     def send(self, kind, payload=b""):
-        self.control.sendall(kind + struct.pack("<I", len(payload)) + payload)
+        try:
+            self.control.sendall(kind + struct.pack("<I", len(payload)) + payload)
+        except OSError:
+            raise LabError(f"the lab went down: {self.last_words()}") from None
 
     def refresh(self):
         self.send(b"c", f"{time.time():.6f} ".encode() + os.urandom(256))
 
-    def frames(self, silence_s, also=()):
-        """Yields frames as they come, and (None, fd) for readable fds of `also`.
+    def frames(self, silence_s, also=[]):
+        """Yields frames as they come, and (None, fd) for readable fds of the list `also`.
 
         Raises Hung after `silence_s` without a frame. The caller's own time
         does not count: a slow reader of the output is no hung lab.
@@ -133,7 +148,7 @@ class Machine:
             while not self._whole_frame():
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    raise Hung(f"no sign of life for {silence_s:.0f} s")
+                    raise Hung(f"no sign of life for {silence_s:.0f} s", self.registers())
                 ready = select.select([self.control, self.console, *also], [], [], left)[0]
                 if self.console in ready:
                     self._read_console()
@@ -143,7 +158,7 @@ class Machine:
                 if self.control in ready:
                     chunk = self.control.recv(1 << 18)
                     if not chunk:
-                        raise LabError("the lab went down: " + self.last_words())
+                        raise LabError(f"the lab went down: {self.last_words()}")
                     self.pending += chunk
             end = 5 + struct.unpack_from("<I", self.pending, 1)[0]
             kind, payload = self.pending[:1], self.pending[5:end]
@@ -151,7 +166,8 @@ class Machine:
             yield kind, payload
 
     def _whole_frame(self):
-        return len(self.pending) >= 5 and len(self.pending) >= 5 + struct.unpack_from("<I", self.pending, 1)[0]
+        have = len(self.pending)
+        return have >= 5 and have >= 5 + struct.unpack_from("<I", self.pending, 1)[0]
 
     # ---- what it says when something is wrong -----------------------------------
 
@@ -165,25 +181,27 @@ class Machine:
 
     def last_words(self):
         """QEMU's own complaint, or the end of the lab's console."""
+        try:
+            status = self.process.wait(15)  # to give back its memory takes a busy host seconds
+        except subprocess.TimeoutExpired:
+            status = None
         while self._read_console():
             pass
-        if self.process.poll() is None:
-            try:
-                self.process.wait(1)
-            except subprocess.TimeoutExpired:
-                return "its control channel closed"
-        complaint = self.process.stderr.read().decode(errors="replace").strip()
-        if self.process.returncode and complaint:
-            return f"QEMU ended with {self.process.returncode}: {complaint}"
-        return self.console_log.decode(errors="replace").strip() or "it was shut down"
+        if status:
+            self.complaints.seek(0)
+            lines = [line for line in self.complaints.read().decode(errors="replace").splitlines() if "warning:" not in line]
+            return f"QEMU ended with status {status}\n" + "\n".join(lines)
+        cause = "QEMU does not answer" if status is None else "it shut down or crashed"
+        lines = self.console_log.decode(errors="replace").splitlines()[-CONSOLE_SHOWN_LINES:]
+        return "\n".join([f"{cause}; the end of its console:", *lines])
 
     def registers(self):
         """What a hung machine was doing, as far as QEMU itself still answers."""
-        self.qmp.socket.settimeout(5)
         try:
+            self.qmp.open()
             dump = [self.qmp("human-monitor-command", **{"command-line": line}) for line in ("info status", "info registers -a")]
-        except (OSError, ValueError) as error:
-            dump = [f"QEMU does not answer: {error}"]
+        except LabError as error:
+            dump = [str(error)]
         while self._read_console():
             pass
         return "\n".join([*dump, "console:", self.console_log.decode(errors="replace")])
@@ -209,8 +227,6 @@ class Qmp:
         if self.file is None:
             self.socket.settimeout(30)
             self.file = self.socket.makefile("r")
-            if not self.file.readline():
-                raise LabError("QEMU does not start")
             self("qmp_capabilities")
 
     def give(self, name, fd):
@@ -222,11 +238,14 @@ class Qmp:
 
     def _ask(self, command, arguments, fds=()):
         line = json.dumps({"execute": command, "arguments": arguments}) + "\n"
-        socket.send_fds(self.socket, [line.encode()], fds)
-        while line := self.file.readline():
-            answer = json.loads(line)
-            if "error" in answer:
-                raise LabError(f"QEMU refuses {command}: {answer['error']['desc']}")
-            if "return" in answer:
-                return answer["return"]
+        try:
+            socket.send_fds(self.socket, [line.encode()], fds)
+            while line := self.file.readline():
+                answer = json.loads(line)
+                if "error" in answer:
+                    raise LabError(f"QEMU refuses {command}: {answer['error']['desc']}")
+                if "return" in answer:
+                    return answer["return"]
+        except OSError as error:
+            raise LabError(f"QEMU does not answer {command}: {error}") from None
         raise LabError(f"QEMU ended at {command}")

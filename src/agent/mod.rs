@@ -1,0 +1,412 @@
+//! The pipeline in a loop: it waits for a change of the source or of the host, looks, plans, and runs
+//! what differs. Level-triggered: an event only says "look", and truth comes from looking.
+//!
+//! ```text
+//!            ┌──────────── wait: source · links · VMs · pools · signals · back-off · resync
+//!            ▼
+//!   quiet 20 ms (cap 500 ms) ──▶ read the source ──▶ pass: drain events, look, plan ──▶ nothing: wait
+//!                                                      ▲                │ differs
+//!                                                      └──── execute ◀──┘ (under the lock)
+//! ```
+//!
+//! Our own writes wake the next pass once; it finds nothing and waits. Nothing is removed while the
+//! source can't be read whole. VMs outlive this process, however it ends.
+
+mod backoff;
+mod log;
+mod source;
+mod watch;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::execute::{Outcome, Outcomes, Progress, execute};
+use crate::host::linux::signals::{Signal, Signals};
+use crate::host::linux::{HostLock, LinkEvents, LinuxHost};
+use crate::host::{Host, Step};
+use crate::kinds::Spec;
+use crate::name::{Kind, ObjectId, ObjectName, SetName, Sha256};
+use crate::pipeline::Declaration;
+use crate::plan::{Plan, Policy, Removal, plan};
+use crate::report::text;
+use backoff::{Backoff, STEADY};
+use log::Log;
+use source::{Reading, Source};
+use watch::Watch;
+
+/// A burst of events is over when nothing came for so long.
+const QUIET: Duration = Duration::from_millis(20);
+/// A burst that doesn't end is acted upon after so long.
+const QUIET_CAP: Duration = Duration::from_millis(500);
+/// Passes without a wait in between, before the rest is left to the next wake-up.
+const PASSES_MAX: usize = 8;
+
+pub struct Options {
+    pub source: PathBuf,
+    pub set: SetName,
+    /// Everything is looked at again after so long, events or not.
+    pub resync: Duration,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    #[error("{what}: {source}")]
+    Setup {
+        what: &'static str,
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// What is waiting to be looked at.
+#[derive(Default)]
+struct Due {
+    source: bool,
+    host: bool,
+    /// When the burst that is going on began, and when its last event came.
+    burst: Option<(Instant, Instant)>,
+}
+
+struct Agent<'a> {
+    host: &'a LinuxHost,
+    options: Options,
+    source: Source,
+    signals: Signals,
+    links: LinkEvents,
+    watch: Watch,
+    /// The processes whose death is to be noticed.
+    vms: BTreeMap<ObjectName, OwnedFd>,
+    declared: Option<(Declaration, Sha256)>,
+    /// The source was whole when it was last read.
+    source_is_good: bool,
+    backoff: Backoff,
+    started: BTreeMap<ObjectId, Instant>,
+    due: Due,
+    last_pass: Instant,
+    ends: bool,
+    log: Log,
+}
+
+/// Runs until `SIGTERM` or `SIGINT`.
+pub fn run(host: &LinuxHost, options: Options) -> Result<(), AgentError> {
+    let failed = |what: &'static str| move |source: std::io::Error| AgentError::Setup { what, source };
+    let signals = Signals::open().map_err(failed("wait for signals"))?;
+    let links = LinkEvents::open().map_err(failed("listen to the kernel's network events"))?;
+    let watch = Watch::open(&options.source).map_err(failed("watch the source"))?;
+    let mut agent = Agent {
+        host,
+        source: Source::new(&options.source, options.set.clone()),
+        options,
+        signals,
+        links,
+        watch,
+        vms: BTreeMap::new(),
+        declared: None,
+        source_is_good: false,
+        backoff: Backoff::default(),
+        started: BTreeMap::new(),
+        due: Due { source: true, host: true, burst: None },
+        last_pass: Instant::now(),
+        ends: false,
+        log: Log::default(),
+    };
+    agent.log.say(&format!("watching {} for set {}", agent.options.source.display(), agent.options.set));
+    agent.refresh_watches();
+    while !agent.ends {
+        if agent.due.source {
+            agent.read_source();
+        }
+        if agent.due.host {
+            agent.passes();
+        }
+        agent.wait().map_err(failed("wait for events"))?;
+    }
+    agent.log.say("ends; the VMs run on");
+    Ok(())
+}
+
+impl Agent<'_> {
+    fn read_source(&mut self) {
+        self.due.source = false;
+        // Watched first: what changes from here on is an event.
+        self.refresh_watches();
+        let in_force = self.declared.as_ref().map(|(_, fingerprint)| *fingerprint);
+        let path = self.options.source.display().to_string();
+        let consequence = match &self.declared {
+            Some(_) => "what it declared last stays in force, and nothing is removed",
+            None => "nothing is changed",
+        };
+        match self.source.read(in_force) {
+            Reading::Unchanged => {
+                if !self.source_is_good {
+                    self.log.state("source", &format!("source {path}: as it was before"));
+                }
+                self.source_is_good = true;
+            }
+            Reading::Declared(declaration, fingerprint) => {
+                let count = declaration.desired.order.len();
+                self.log.state(
+                    "source",
+                    &format!("source {path}: {count} objects, revision {}", short(fingerprint)),
+                );
+                for warning in &declaration.warnings {
+                    self.log.say(&warning.to_string());
+                }
+                self.declared = Some((*declaration, fingerprint));
+                self.source_is_good = true;
+                self.backoff.reset();
+                self.due.host = true;
+                self.refresh_watches();
+            }
+            Reading::Unavailable(why) => {
+                self.source_is_good = false;
+                self.log.state("source", &format!("source {path}: {why}; {consequence}"));
+            }
+            Reading::Invalid(invalid) => {
+                self.source_is_good = false;
+                let texts: Vec<String> = invalid.0.iter().map(ToString::to_string).collect();
+                self.log.state(
+                    "source",
+                    &format!("source {path}: {invalid}; {consequence}\n{}", texts.join("\n")),
+                );
+            }
+            Reading::Unsettled => {
+                self.log.state("source", &format!("source {path}: it keeps changing; {consequence}"));
+                self.due.source = true;
+                self.note_event(Instant::now());
+            }
+        }
+    }
+
+    /// Looks and runs until there is nothing to run, or nothing that may be run now.
+    fn passes(&mut self) {
+        self.due.host = false;
+        for _ in 0..PASSES_MAX {
+            // Whatever happened before the look is covered by it.
+            self.drain_events();
+            self.due.host = false;
+            self.last_pass = Instant::now();
+            if !self.pass() || self.ends || self.due.source {
+                return;
+            }
+        }
+    }
+
+    /// One look at everything. True: something was run, so look again.
+    fn pass(&mut self) -> bool {
+        // Before the look: a VM that dies after it is an event.
+        self.watch_vms();
+        let Some((declaration, _)) = &self.declared else { return false };
+        let desired = &declaration.desired;
+        let removal = if self.source_is_good { Removal::Prune } else { Removal::Frozen };
+        let policy = Policy { removal, ..Policy::default() };
+        let look = || {
+            let mut plan = plan(desired, &self.host.snapshot(&desired.scope()), &policy);
+            plan.hold(&self.backoff.held(Instant::now()));
+            plan
+        };
+        let mut next = look();
+        let mut outcomes = Outcomes::new();
+        let mut starts = BTreeSet::new();
+        if next.has_steps() {
+            let lock = HostLock::acquire(self.host.state_dir(), "vmctl agent", Duration::from_secs(2));
+            let _lock = match lock {
+                Ok(lock) => lock,
+                Err(error) => {
+                    self.log.state("lock", &error.to_string());
+                    self.due.host = true;
+                    self.note_event(Instant::now());
+                    return false;
+                }
+            };
+            next = look();
+            outcomes = execute(&next, self.host, &mut |progress| match progress {
+                Progress::Begins { object, step: Step::StartVm { .. }, .. } => {
+                    starts.insert(object.clone());
+                }
+                Progress::Begins { .. } => {}
+                Progress::Ended { object, verb, outcome } => {
+                    self.log.say(text::outcome(object, verb, outcome, text::Style::default()).trim_end());
+                }
+            });
+        }
+        self.say_what_stands_still(&next);
+        self.settle(&outcomes, &starts);
+        !outcomes.is_empty()
+    }
+
+    /// Keeps account of what failed, and of VMs that don't stay up.
+    fn settle(&mut self, outcomes: &Outcomes, starts: &BTreeSet<ObjectId>) {
+        let now = Instant::now();
+        for (object, outcome) in outcomes {
+            match outcome {
+                Outcome::Done { .. } if starts.contains(object) => {
+                    let before = self.started.insert(object.clone(), now);
+                    if before.is_some_and(|before| now - before < STEADY) {
+                        let delay = self.backoff.failed(object, now);
+                        self.log.say(&format!(
+                            "{object} doesn't stay up; it is left alone for {} ms",
+                            delay.as_millis()
+                        ));
+                    }
+                }
+                Outcome::Done { .. } => self.backoff.succeeded(object),
+                Outcome::Failed { .. } => {
+                    self.backoff.failed(object, now);
+                }
+                Outcome::NotReached { .. } | Outcome::Cancelled => {}
+            }
+        }
+    }
+
+    /// Blocked and refused objects, once for each new state.
+    fn say_what_stands_still(&mut self, plan: &Plan) {
+        let mut lines: Vec<String> = Vec::new();
+        for action in &plan.actions {
+            lines.extend(
+                action.blockers.iter().map(|blocker| format!("! {}: {}", action.object, blocker.because)),
+            );
+        }
+        if plan.is_refused() {
+            for refusal in &plan.refusals {
+                lines.push(format!("refused: {}", refusal.because));
+            }
+            lines.push(format!(
+                "to allow exactly this: vmctl apply -f … --prune --approve {}",
+                &plan.hash[..12]
+            ));
+        }
+        let state = if lines.is_empty() { "in sync".to_owned() } else { lines.join("\n") };
+        self.log.state("host", &state);
+    }
+
+    fn refresh_watches(&mut self) {
+        let pools: Vec<PathBuf> = self
+            .declared
+            .iter()
+            .flat_map(|(declaration, _)| declaration.desired.declared.objects.values())
+            .filter_map(|spec| match spec {
+                Spec::StoragePool(pool) => Some(pool.path.clone()),
+                _ => None,
+            })
+            .collect();
+        self.watch.refresh(pools.into_iter());
+    }
+
+    /// A descriptor for each VM that runs, so that its death is an event.
+    fn watch_vms(&mut self) {
+        let Some((declaration, _)) = &self.declared else { return };
+        let declared: BTreeSet<&ObjectName> = declaration
+            .desired
+            .order
+            .iter()
+            .filter(|id| id.kind == Kind::VirtualMachine)
+            .map(|id| &id.name)
+            .collect();
+        self.vms.retain(|name, _| declared.contains(name));
+        for name in declared {
+            if !self.vms.contains_key(name)
+                && let Ok(Some(fd)) = self.host.vm_watch(name)
+            {
+                self.vms.insert(name.clone(), fd);
+            }
+        }
+    }
+
+    fn note_event(&mut self, now: Instant) {
+        let began = self.due.burst.map_or(now, |(began, _)| began);
+        self.due.burst = Some((began, now));
+    }
+
+    /// Takes in everything that has happened. True: something did.
+    fn drain_events(&mut self) -> bool {
+        let links = match self.links.drain() {
+            Ok(drained) => drained.relevant,
+            Err(error) => {
+                self.log.say(&format!("read network events: {error}"));
+                true
+            }
+        };
+        let touched = self.watch.drain().unwrap_or(watch::Touched { source: true, pools: true });
+        let dead = self.dead_vms();
+        self.due.host |= links || touched.pools || dead;
+        self.due.source |= touched.source;
+        links || touched.pools || touched.source || dead
+    }
+
+    /// Forgets the watches of processes that have ended. True: there were some.
+    fn dead_vms(&mut self) -> bool {
+        let before = self.vms.len();
+        self.vms.retain(|_, fd| {
+            let mut fds = [PollFd::new(fd, PollFlags::IN)];
+            let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+            !matches!(poll(&mut fds, Some(&now)), Ok(1..))
+        });
+        self.vms.len() != before
+    }
+
+    /// Until something is due.
+    fn wait(&mut self) -> std::io::Result<()> {
+        loop {
+            let now = Instant::now();
+            if let Some((began, last)) = self.due.burst
+                && (now >= last + QUIET || now >= began + QUIET_CAP)
+            {
+                self.due.burst = None;
+                if self.due.source || self.due.host {
+                    return Ok(());
+                }
+            }
+            let resync = self.last_pass + self.options.resync;
+            let retry = self.backoff.next_due(self.last_pass);
+            if now >= resync || retry.is_some_and(|retry| now >= retry) {
+                self.due.host = true;
+                self.due.source |= now >= resync;
+                return Ok(());
+            }
+            let quiet = self.due.burst.map(|(began, last)| (last + QUIET).min(began + QUIET_CAP));
+            let until = [Some(resync), retry, quiet].into_iter().flatten().min().unwrap_or(resync);
+            self.poll(until.saturating_duration_since(now))?;
+            if let Some(signal) = self.signals.next()? {
+                match signal {
+                    Signal::End => {
+                        self.ends = true;
+                        return Ok(());
+                    }
+                    Signal::Reload => {
+                        self.due = Due { source: true, host: true, burst: None };
+                        return Ok(());
+                    }
+                }
+            }
+            if self.drain_events() {
+                self.note_event(Instant::now());
+            }
+        }
+    }
+
+    fn poll(&self, timeout: Duration) -> std::io::Result<()> {
+        let mut fds = vec![
+            PollFd::from_borrowed_fd(self.signals.as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(self.links.as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(self.watch.as_fd(), PollFlags::IN),
+        ];
+        fds.extend(self.vms.values().map(|fd| PollFd::new(fd, PollFlags::IN)));
+        // Rounded up, so as not to wake just before the time.
+        let timeout = timeout + Duration::from_micros(500);
+        let timeout =
+            Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: i64::from(timeout.subsec_nanos()) };
+        match poll(&mut fds, Some(&timeout)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+fn short(fingerprint: Sha256) -> String {
+    fingerprint.to_string()[..12].to_owned()
+}

@@ -1,0 +1,149 @@
+//! The real host: the kernel, the disks and the VM processes.
+//!
+//! Everything is read back from them; no state is kept here. What is half-done when we die either
+//! carries our mark or is not there.
+
+pub mod capability;
+pub mod events;
+mod link_failure;
+mod link_messages;
+mod link_owner;
+pub mod link_steps;
+pub mod links;
+pub mod lock;
+mod netlink;
+pub mod signals;
+pub mod storage;
+mod tap;
+pub mod termination;
+mod vm_control;
+mod vm_place;
+mod vm_process;
+mod vm_start;
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+pub use events::{Drained, LinkEvents};
+pub use lock::{Holder, HostLock, LockError};
+pub use vm_start::uid as vm_uid;
+
+use self::storage::Storage;
+use self::vm_control::Vms;
+use super::error::ObserveError;
+use super::snapshot::Snapshot;
+use super::{Host, Lane, Scope, Step, StepError};
+use crate::name::ObjectName;
+use crate::vmm::client::{Control, ControlError};
+
+/// This machine, or the part of it that is in the calling thread's network namespace.
+pub struct LinuxHost {
+    storage: Storage,
+    vms: Vms,
+}
+
+impl LinuxHost {
+    /// `state_dir` outlives a reboot, `run_dir` need not; `vmm_program` is what runs one VM.
+    pub fn new(
+        state_dir: impl Into<PathBuf>,
+        run_dir: impl Into<PathBuf>,
+        vmm_program: impl Into<PathBuf>,
+    ) -> Self {
+        let vms = Vms { state_dir: state_dir.into(), run_dir: run_dir.into(), program: vmm_program.into() };
+        Self { storage: Storage::new(&vms.state_dir), vms }
+    }
+
+    /// With another storage half, such as one that reports its progress.
+    pub fn with_storage(mut self, storage: Storage) -> Self {
+        self.storage = storage;
+        self
+    }
+
+    pub fn state_dir(&self) -> &Path {
+        &self.vms.state_dir
+    }
+
+    /// A descriptor that becomes readable when the VM's process ends. `None`: none runs.
+    pub fn vm_watch(&self, vm: &ObjectName) -> Result<Option<OwnedFd>, ObserveError> {
+        Ok(self.vms.watch(vm)?.map(OwnedFd::from))
+    }
+
+    /// A connection to the VM's process, for its console and events. `None`: none runs.
+    pub fn vm_control(&self, vm: &ObjectName) -> Result<Option<Control>, ObserveError> {
+        let failed = |error: &dyn ToString| {
+            ObserveError::new(format!("connect to the process of the VM {vm}"), error.to_string())
+        };
+        let Some(directory) = self.vms.place(vm).socket_directory().map_err(|error| failed(&error))? else {
+            return Ok(None);
+        };
+        match Control::connect(&directory.socket()) {
+            Ok(control) => Ok(Some(control)),
+            Err(ControlError::Absent { .. }) => Ok(None),
+            Err(error) => Err(failed(&vm_process::chain(&error))),
+        }
+    }
+
+    /// Where the VM's console output is kept.
+    pub fn console_log(&self, vm: &ObjectName) -> PathBuf {
+        self.vms.place(vm).console_log_path()
+    }
+
+    fn run_one(&self, step: &Step) -> Result<(), StepError> {
+        match step {
+            Step::DefineVm { .. }
+            | Step::UndefineVm { .. }
+            | Step::StartVm { .. }
+            | Step::StopVm { .. }
+            | Step::ResizeDisk { .. }
+            | Step::ReplaceTap { .. }
+            | Step::HoldVm { .. } => self.vms.run(step),
+            Step::CreatePool { .. }
+            | Step::ForgetPool { .. }
+            | Step::ImportImage { .. }
+            | Step::DeleteImage { .. }
+            | Step::CreateVolume(_)
+            | Step::GrowVolume { .. }
+            | Step::SetReclaim { .. }
+            | Step::AdoptVolume { .. }
+            | Step::RetainVolume { .. }
+            | Step::TrashVolume { .. }
+            | Step::RetainImage { .. } => self.storage.run(step),
+            Step::CreateLink(_)
+            | Step::DeleteLink { .. }
+            | Step::MarkLink { .. }
+            | Step::UnmarkLink { .. }
+            | Step::SetLink { .. }
+            | Step::AddAddress { .. }
+            | Step::RemoveAddress { .. } => link_steps::run(&[step]).into_iter().collect(),
+        }
+    }
+}
+
+impl Host for LinuxHost {
+    fn snapshot(&self, scope: &Scope) -> Snapshot {
+        let (pools, files) = self.storage.observe(scope);
+        let lacks = |&capability| Some((capability, capability::lacks(capability)?));
+        Snapshot {
+            links: links::observe(),
+            pools,
+            vms: vm_process::observe(&self.vms.state_dir, &self.vms.run_dir),
+            files,
+            lacks: scope.capabilities.iter().filter_map(lacks).collect(),
+        }
+    }
+
+    /// The fast steps go to the kernel together, the slow ones run one after the other: whoever wants
+    /// those to run at once brings the threads.
+    fn run(&self, batch: &[&Step]) -> Vec<Result<(), StepError>> {
+        let fast: Vec<&Step> = batch.iter().copied().filter(|step| step.lane() == Lane::Fast).collect();
+        let mut fast = if fast.is_empty() { Vec::new() } else { link_steps::run(&fast) }.into_iter();
+        let lost = || Err(StepError::failed("run a batch of steps", "a result is missing"));
+        batch
+            .iter()
+            .map(|step| match step.lane() {
+                Lane::Fast => fast.next().unwrap_or_else(lost),
+                Lane::Slow => self.run_one(step),
+            })
+            .collect()
+    }
+}

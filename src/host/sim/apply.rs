@@ -1,0 +1,500 @@
+//! What each step does to the simulated world, with the refusals that the real host has.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use super::State;
+use crate::host::snapshot::{
+    Capability, ImageHeader, Link, LinkKind, Pool, PoolDirectory, PoolFile, PortFacts, Vm, VmDefinition,
+    VmProcess,
+};
+use crate::host::step::{ImageFile, LinkChange, NewLink, NewLinkKind, NewVolume, NewVolumeContent};
+use crate::host::{Step, StepError};
+use crate::name::{LinkName, Mark, ObjectName};
+use crate::vmm::config::DiskFormat;
+use crate::vmm::protocol::Phase;
+
+type Done = Result<(), StepError>;
+
+fn failed<T>(what: impl ToString, why: impl ToString) -> Result<T, StepError> {
+    Err(StepError::failed(what.to_string(), why))
+}
+
+fn not_ours<T>(what: impl ToString, why: impl ToString) -> Result<T, StepError> {
+    Err(StepError::NotOurs { what: what.to_string(), why: why.to_string() })
+}
+
+/// What a port begins with.
+fn fresh_port() -> PortFacts {
+    PortFacts { learning: true, unicast_flood: true, ..PortFacts::default() }
+}
+
+impl State {
+    pub(super) fn apply(&mut self, step: &Step) -> Done {
+        match step {
+            Step::CreateLink(new) => self.create_link(new),
+            Step::DeleteLink { link, mark } => self.delete_link(link, mark),
+            Step::MarkLink { link, mark } => {
+                let have = self.link(link)?;
+                match have.mark() {
+                    Some(found) if found == *mark => Ok(()),
+                    _ if have.alias.is_some() => not_ours(step, "it carries an alias"),
+                    _ => {
+                        have.alias = Some(mark.to_string());
+                        Ok(())
+                    }
+                }
+            }
+            Step::UnmarkLink { link, mark } => {
+                if let Ok(have) = self.link(link)
+                    && have.mark().as_ref() == Some(mark)
+                {
+                    have.alias = None;
+                }
+                Ok(())
+            }
+            Step::SetLink { link, change } => self.set_link(link, change),
+            Step::AddAddress { link, address } => {
+                self.link(link)?.addresses.insert(*address);
+                Ok(())
+            }
+            Step::RemoveAddress { link, address } => {
+                if let Ok(have) = self.link(link) {
+                    have.addresses.remove(address);
+                }
+                Ok(())
+            }
+            Step::CreatePool { name, path, mark } => self.create_pool(name, path, mark),
+            Step::ForgetPool { name, mark, .. } => self.forget_pool(name, mark),
+            Step::ImportImage { image, source, sha256, mark } => {
+                let Some(facts) = self.files.get(source).cloned() else {
+                    return failed(step, "no such file");
+                };
+                let file = PoolFile {
+                    mark: Some(mark.clone()),
+                    retained: None,
+                    size_bytes: facts.size_bytes,
+                    allocated_bytes: facts.size_bytes,
+                    header: facts.header,
+                    reclaim_delete: false,
+                    sha256: Some(sha256.to_string()),
+                };
+                self.directory(&image.pool_path)?.images.insert(image.file.clone(), file);
+                Ok(())
+            }
+            Step::DeleteImage { image, mark } => {
+                if self.marked_image(image, mark)?.is_some() {
+                    self.directory(&image.pool_path)?.images.remove(&image.file);
+                }
+                Ok(())
+            }
+            Step::RetainImage { image, mark } => {
+                if let Some(file) = self.marked_image(image, mark)? {
+                    file.retained = file.mark.take();
+                }
+                Ok(())
+            }
+            Step::CreateVolume(new) => self.create_volume(new),
+            Step::GrowVolume { pool_path, file, capacity_bytes, mark, .. } => {
+                let Some(have) = self.marked_file(pool_path, file, mark)? else {
+                    return failed(step, "no such file");
+                };
+                grow(have, *capacity_bytes)
+            }
+            Step::SetReclaim { pool_path, file, mark, delete } => {
+                if let Some(have) = self.marked_file(pool_path, file, mark)? {
+                    have.reclaim_delete = *delete;
+                }
+                Ok(())
+            }
+            Step::AdoptVolume { pool_path, file, mark, reclaim_delete } => {
+                let directory = self.directory(pool_path)?;
+                let Some(have) = directory.files.get_mut(file) else { return failed(step, "no such file") };
+                if have.mark.as_ref().is_some_and(|found| found != mark) {
+                    return not_ours(step, "it carries another mark");
+                }
+                have.mark = Some(mark.clone());
+                have.retained = None;
+                have.reclaim_delete = *reclaim_delete;
+                Ok(())
+            }
+            Step::RetainVolume { pool_path, file, mark } => {
+                if let Some(have) = self.marked_file(pool_path, file, mark)? {
+                    have.retained = have.mark.take();
+                }
+                Ok(())
+            }
+            Step::TrashVolume { pool_path, file, mark } => {
+                if self.marked_file(pool_path, file, mark)?.is_some() {
+                    self.directory(pool_path)?.files.remove(file);
+                }
+                Ok(())
+            }
+            Step::DefineVm { vm, definition } => {
+                self.check_vm(vm, &definition.mark)?;
+                self.vm(vm)?.definition = Some((**definition).clone());
+                Ok(())
+            }
+            Step::UndefineVm { vm, mark } => {
+                self.check_vm(vm, mark)?;
+                if self.vm(vm)?.process.is_some() {
+                    return failed(step, "it runs");
+                }
+                self.vms()?.remove(vm);
+                Ok(())
+            }
+            Step::StartVm { vm, definition } => self.start_vm(vm, definition),
+            Step::StopVm { vm, mark, .. } => {
+                self.check_vm(vm, mark)?;
+                let have = self.vm(vm)?;
+                have.process = None;
+                have.exit = None;
+                Ok(())
+            }
+            Step::ResizeDisk { vm, mark, disk, capacity_bytes } => {
+                self.resize_disk(vm, mark, disk, *capacity_bytes)
+            }
+            Step::ReplaceTap { vm, mark, tap, .. } => {
+                self.check_vm(vm, mark)?;
+                self.link(tap)?;
+                if self.vm(vm)?.process.is_none() {
+                    return failed(step, "it doesn't run");
+                }
+                Ok(())
+            }
+            Step::HoldVm { vm, mark, held } => {
+                self.check_vm(vm, mark)?;
+                self.vm(vm)?.held = *held;
+                Ok(())
+            }
+        }
+    }
+
+    fn links(&mut self) -> Result<&mut BTreeMap<LinkName, Link>, StepError> {
+        match &mut self.world.links {
+            Ok(links) => Ok(links),
+            Err(error) => failed("links", error),
+        }
+    }
+
+    fn link(&mut self, name: &LinkName) -> Result<&mut Link, StepError> {
+        match self.links()?.get_mut(name) {
+            Some(link) => Ok(link),
+            None => failed(name, "no such device"),
+        }
+    }
+
+    fn create_link(&mut self, new: &NewLink) -> Done {
+        let what = Step::CreateLink(new.clone()).to_string();
+        let needs = match &new.kind {
+            NewLinkKind::Bridge(_) => Capability::Bridge,
+            NewLinkKind::Vlan { .. } => Capability::Vlan,
+            NewLinkKind::Tap => Capability::Tun,
+        };
+        if self.lacks.contains(&needs) {
+            return Err(StepError::Lacks { what, capability: needs });
+        }
+        if let Some(have) = self.links()?.get(&new.name)
+            && have.mark().as_ref() != Some(&new.mark)
+        {
+            return not_ours(what, "a link of this name exists and is not ours");
+        }
+        if let Some(master) = &new.master {
+            self.link(master)?;
+        }
+        let mut inherited = 1500;
+        let (kind, parent) = match &new.kind {
+            NewLinkKind::Bridge(facts) => (LinkKind::Bridge(facts.clone()), None),
+            NewLinkKind::Vlan { parent, id, protocol } => {
+                inherited = self.link(parent)?.mtu;
+                if new.mtu.is_some_and(|mtu| mtu > inherited) {
+                    return failed(what, "the MTU is above its parent's");
+                }
+                (LinkKind::Vlan { id: *id, protocol: *protocol }, Some(parent.clone()))
+            }
+            NewLinkKind::Tap => (LinkKind::Tap, None),
+        };
+        let port = new.master.as_ref().map(|_| new.port.clone().unwrap_or_else(fresh_port));
+        let link = Link {
+            mac_address: new.mac_address,
+            mtu: new.mtu.unwrap_or(inherited),
+            up: new.up,
+            alias: Some(new.mark.to_string()),
+            master: new.master.clone(),
+            parent,
+            kind,
+            port,
+            addresses: self.links()?.get(&new.name).map(|have| have.addresses.clone()).unwrap_or_default(),
+        };
+        self.links()?.insert(new.name.clone(), link);
+        Ok(())
+    }
+
+    fn delete_link(&mut self, name: &LinkName, mark: &Mark) -> Done {
+        let links = self.links()?;
+        match links.get(name).map(Link::mark) {
+            None => return Ok(()),
+            Some(found) if found.as_ref() != Some(mark) => {
+                return not_ours(name, "it carries another mark, or none");
+            }
+            Some(_) => {}
+        }
+        links.remove(name);
+        // A device takes its sub-devices with it, and frees its ports.
+        let children: Vec<LinkName> = links
+            .iter()
+            .filter(|(_, link)| link.parent.as_ref() == Some(name))
+            .map(|(child, _)| child.clone())
+            .collect();
+        for child in children {
+            links.remove(&child);
+        }
+        for link in links.values_mut().filter(|link| link.master.as_ref() == Some(name)) {
+            link.master = None;
+            link.port = None;
+        }
+        Ok(())
+    }
+
+    fn set_link(&mut self, name: &LinkName, change: &LinkChange) -> Done {
+        if let LinkChange::Master(Some(master)) = change {
+            self.link(master)?;
+        }
+        let link = self.link(name)?;
+        if link.mark().is_none() {
+            return not_ours(name, "it carries no mark");
+        }
+        match change {
+            LinkChange::Mtu(mtu) => link.mtu = *mtu,
+            LinkChange::Up(up) => link.up = *up,
+            LinkChange::Master(master) => {
+                link.port = master.as_ref().map(|_| fresh_port());
+                link.master = master.clone();
+            }
+            LinkChange::MacAddress(mac) => link.mac_address = Some(*mac),
+            LinkChange::PortFlags(want) => match &mut link.port {
+                Some(port) => *port = PortFacts { vlans: port.vlans.clone(), ..want.clone() },
+                None => return failed(name, "not a port"),
+            },
+            LinkChange::PortVlans(want) => match &mut link.port {
+                Some(port) => port.vlans = want.vlans.clone(),
+                None => return failed(name, "not a port"),
+            },
+            _ => {
+                let LinkKind::Bridge(bridge) = &mut link.kind else { return failed(name, "not a bridge") };
+                match change {
+                    LinkChange::Stp(on) => bridge.stp = *on,
+                    LinkChange::ForwardDelaySeconds(seconds) => bridge.forward_delay_seconds = *seconds,
+                    LinkChange::AgeingSeconds(seconds) => bridge.ageing_seconds = *seconds,
+                    LinkChange::VlanFiltering(on) => bridge.vlan_filtering = *on,
+                    LinkChange::DefaultPvid(id) => bridge.default_pvid = *id,
+                    LinkChange::MulticastSnooping(on) => bridge.multicast_snooping = *on,
+                    _ => unreachable!("every other change is handled above"),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn pool(&mut self, path: &Path) -> Option<&mut Pool> {
+        self.world.pools.values_mut().flatten().find(|pool| pool.path == path)
+    }
+
+    fn directory(&mut self, path: &Path) -> Result<&mut PoolDirectory, StepError> {
+        match self.pool(path).and_then(|pool| pool.directory.as_mut()) {
+            Some(directory) => Ok(directory),
+            None => failed(path.display(), "no such directory"),
+        }
+    }
+
+    fn create_pool(&mut self, name: &ObjectName, path: &Path, mark: &Mark) -> Done {
+        let mut directory = self.directory_at(path).unwrap_or(PoolDirectory {
+            mark: None,
+            capacity_bytes: 1 << 40,
+            available_bytes: 1 << 40,
+            files: BTreeMap::new(),
+            images: BTreeMap::new(),
+        });
+        if directory.mark.as_ref().is_some_and(|found| found.set != mark.set) {
+            return not_ours(path.display(), "it carries another set's mark");
+        }
+        directory.mark = Some(mark.clone());
+        self.world.pools.retain(|_, pool| !matches!(pool, Ok(pool) if pool.path == path));
+        let pool = Pool { path: path.to_owned(), directory: Some(directory), registered: Some(mark.clone()) };
+        self.world.pools.insert(name.clone(), Ok(pool));
+        Ok(())
+    }
+
+    fn forget_pool(&mut self, name: &ObjectName, mark: &Mark) -> Done {
+        if let Some(Ok(pool)) = self.world.pools.get_mut(name)
+            && pool.registered.as_ref() == Some(mark)
+        {
+            pool.registered = None;
+            if let Some(directory) = &mut pool.directory {
+                directory.mark = None;
+            }
+        }
+        Ok(())
+    }
+
+    fn marked_image(&mut self, image: &ImageFile, mark: &Mark) -> Result<Option<&mut PoolFile>, StepError> {
+        match self.directory(&image.pool_path)?.images.get_mut(&image.file) {
+            Some(file) if file.mark.as_ref() != Some(mark) => {
+                not_ours(&image.file, "it carries another mark")
+            }
+            file => Ok(file),
+        }
+    }
+
+    fn marked_file(
+        &mut self,
+        pool: &Path,
+        file: &str,
+        mark: &Mark,
+    ) -> Result<Option<&mut PoolFile>, StepError> {
+        match self.directory(pool)?.files.get_mut(file) {
+            Some(have) if have.mark.as_ref() != Some(mark) => {
+                not_ours(file, "it carries another mark, or none")
+            }
+            have => Ok(have),
+        }
+    }
+
+    fn create_volume(&mut self, new: &NewVolume) -> Done {
+        let backing = match &new.content {
+            NewVolumeContent::Blank => None,
+            NewVolumeContent::CopyOf(image) | NewVolumeContent::OverlayOn(image) => {
+                if !self.directory(&image.pool_path)?.images.contains_key(&image.file) {
+                    return failed(image.path().display(), "no such file");
+                }
+                matches!(new.content, NewVolumeContent::OverlayOn(_)).then(|| image.path())
+            }
+        };
+        let directory = self.directory(&new.pool_path)?;
+        match directory.files.get(&new.file) {
+            Some(have) if have.mark.as_ref() == Some(&new.mark) => return Ok(()),
+            Some(_) => return not_ours(&new.file, "a file of this name exists and is not ours"),
+            None => {}
+        }
+        let file = PoolFile {
+            mark: Some(new.mark.clone()),
+            retained: None,
+            size_bytes: if new.format == DiskFormat::Raw { new.capacity_bytes } else { 262_144 },
+            allocated_bytes: 0,
+            header: ImageHeader {
+                format: new.format,
+                virtual_size_bytes: new.capacity_bytes,
+                backing,
+                encrypted: false,
+                unusable: None,
+            },
+            reclaim_delete: new.reclaim_delete,
+            sha256: None,
+        };
+        directory.files.insert(new.file.clone(), file);
+        Ok(())
+    }
+
+    fn vms(&mut self) -> Result<&mut BTreeMap<ObjectName, Vm>, StepError> {
+        match &mut self.world.vms {
+            Ok(vms) => Ok(vms),
+            Err(error) => failed("VMs", error),
+        }
+    }
+
+    fn vm(&mut self, name: &ObjectName) -> Result<&mut Vm, StepError> {
+        Ok(self.vms()?.entry(name.clone()).or_default())
+    }
+
+    fn check_vm(&mut self, name: &ObjectName, mark: &Mark) -> Done {
+        match self.vms()?.get(name).and_then(|vm| vm.definition.as_ref()) {
+            Some(definition) if definition.mark != *mark => not_ours(name, "the VM carries another mark"),
+            _ => Ok(()),
+        }
+    }
+
+    fn start_vm(&mut self, name: &ObjectName, definition: &VmDefinition) -> Done {
+        self.check_vm(name, &definition.mark)?;
+        if self.lacks.contains(&Capability::Kvm) {
+            return Err(StepError::Lacks { what: format!("start VM {name}"), capability: Capability::Kvm });
+        }
+        let mut disk_capacity_bytes = Vec::new();
+        for disk in &definition.config.disks {
+            let path = Path::new(&disk.path);
+            let (Some(pool), Some(file)) = (path.parent(), path.file_name().and_then(|file| file.to_str()))
+            else {
+                return failed(&disk.path, "no such file");
+            };
+            let in_use = self.vms()?.iter().any(|(other, vm)| {
+                let process = vm.process.as_ref().and_then(|process| process.as_ref().ok());
+                other != name
+                    && process
+                        .is_some_and(|process| process.config.disks.iter().any(|used| used.path == disk.path))
+            });
+            if in_use {
+                return failed(&disk.path, "locked by another VM");
+            }
+            let Some(have) = self.directory(pool)?.files.get(file) else {
+                return failed(&disk.path, "no such file");
+            };
+            disk_capacity_bytes.push(have.header.virtual_size_bytes);
+        }
+        for nic in &definition.config.nics {
+            match LinkName::parse(&nic.tap) {
+                Ok(tap) => self.link(&tap)?,
+                Err(error) => return failed(&nic.tap, error),
+            };
+        }
+        self.next_pid += 1;
+        let pid = self.next_pid;
+        let vm = self.vm(name)?;
+        match &vm.process {
+            Some(Ok(process)) if process.config == definition.config => return Ok(()),
+            Some(_) => {
+                return failed(format!("start VM {name}"), "it runs already, with another configuration");
+            }
+            None => {}
+        }
+        vm.process = Some(Ok(VmProcess {
+            pid,
+            phase: Phase::Running,
+            uptime_ms: 0,
+            reboots: 0,
+            config: definition.config.clone(),
+            disk_capacity_bytes,
+        }));
+        vm.exit = None;
+        Ok(())
+    }
+
+    fn resize_disk(&mut self, vm: &ObjectName, mark: &Mark, disk: &str, capacity_bytes: u64) -> Done {
+        self.check_vm(vm, mark)?;
+        let what = format!("grow {disk} of VM {vm}");
+        let Some(Ok(process)) = &mut self.vm(vm)?.process else { return failed(what, "it doesn't run") };
+        let Some(place) = process.config.disks.iter().position(|have| have.name == disk) else {
+            return failed(what, "no such disk");
+        };
+        process.disk_capacity_bytes[place] = capacity_bytes;
+        let path = process.config.disks[place].path.clone();
+        let path = Path::new(&path);
+        let (Some(pool), Some(file)) = (path.parent(), path.file_name().and_then(|file| file.to_str()))
+        else {
+            return failed(what, "no such file");
+        };
+        match self.directory(pool)?.files.get_mut(file) {
+            Some(have) => grow(have, capacity_bytes),
+            None => failed(what, "no such file"),
+        }
+    }
+}
+
+fn grow(file: &mut PoolFile, capacity_bytes: u64) -> Done {
+    if file.header.virtual_size_bytes > capacity_bytes {
+        return failed("grow", "a volume never shrinks");
+    }
+    file.header.virtual_size_bytes = capacity_bytes;
+    if file.header.format == DiskFormat::Raw {
+        file.size_bytes = capacity_bytes;
+    }
+    Ok(())
+}

@@ -1,0 +1,262 @@
+//! What the host has, as one value. Plain data: names and no kernel handles, so that it can be
+//! made by hand in a test, hashed, and compared.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::error::ObserveError;
+use crate::name::{IpPrefix, LinkName, MacAddress, Mark, ObjectName, VlanId};
+use crate::vmm::config::{DiskFormat, VmConfig};
+use crate::vmm::protocol::{ExitRecord, Phase};
+
+/// Seen, or not to be seen. A missing object is `Ok` without it.
+pub type Observed<T> = Result<T, ObserveError>;
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    pub links: Observed<BTreeMap<LinkName, Link>>,
+    /// Every pool in the scope, and every pool that is registered in the state directory.
+    pub pools: BTreeMap<ObjectName, Observed<Pool>>,
+    /// Every VM that is defined or runs.
+    pub vms: Observed<BTreeMap<ObjectName, Vm>>,
+    /// Of the files in the scope: those that are there.
+    pub files: BTreeMap<PathBuf, Observed<FileFacts>>,
+    /// Of the capabilities in the scope: those that this host lacks, and how that showed.
+    pub lacks: BTreeMap<Capability, String>,
+}
+
+/// An ability that not every host has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Capability {
+    Kvm,
+    Bridge,
+    Vlan,
+    VlanFiltering,
+    Tun,
+}
+
+impl Capability {
+    pub const ALL: [Capability; 5] = [Self::Kvm, Self::Bridge, Self::Vlan, Self::VlanFiltering, Self::Tun];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kvm => "KVM (/dev/kvm)",
+            Self::Bridge => "Linux bridges (module bridge)",
+            Self::Vlan => "802.1Q VLANs (module 8021q)",
+            Self::VlanFiltering => "VLAN filtering on bridges (CONFIG_BRIDGE_VLAN_FILTERING)",
+            Self::Tun => "tap devices (module tun, /dev/net/tun)",
+        }
+    }
+
+    /// What a person can do about its absence.
+    pub fn remedy(self) -> &'static str {
+        match self {
+            Self::Kvm => {
+                "enable virtualisation in the firmware (or nested virtualisation), then `modprobe kvm_intel` or `modprobe kvm_amd`"
+            }
+            Self::Bridge => {
+                "`modprobe bridge`; where there is no such module, install the distribution's full kernel"
+            }
+            Self::Vlan => {
+                "`modprobe 8021q`; where there is no such module, install the distribution's full kernel"
+            }
+            Self::VlanFiltering => {
+                "boot a kernel with CONFIG_BRIDGE_VLAN_FILTERING (every distribution's), or use Vlan objects with a bridge each"
+            }
+            Self::Tun => "`modprobe tun`; in a container, pass /dev/net/tun in",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Link {
+    pub mac_address: Option<MacAddress>,
+    pub mtu: u32,
+    /// Set up by its administrator (`IFF_UP`), with or without a carrier.
+    pub up: bool,
+    /// `ifalias`, verbatim.
+    pub alias: Option<String>,
+    /// The bridge (or other master) that it is a port of.
+    pub master: Option<LinkName>,
+    /// The link below (`eth0` of `eth0.10`).
+    pub parent: Option<LinkName>,
+    pub kind: LinkKind,
+    /// Its attributes as a bridge port; only where the master is a bridge.
+    pub port: Option<PortFacts>,
+    pub addresses: BTreeSet<IpPrefix>,
+}
+
+impl Link {
+    /// Our mark, if it carries one.
+    pub fn mark(&self) -> Option<Mark> {
+        self.alias.as_deref()?.parse().ok()
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LinkKind {
+    Bridge(BridgeFacts),
+    Vlan {
+        id: VlanId,
+        protocol: VlanProtocol,
+    },
+    Tap,
+    /// A physical device, or any other kind (`veth`, `bond`, `dummy`…), by the kernel's name for it.
+    Other(String),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VlanProtocol {
+    #[serde(rename = "802.1Q")]
+    Ieee8021Q,
+    #[serde(rename = "802.1ad")]
+    Ieee8021Ad,
+}
+
+/// A bridge's own settings. Also what a bridge is created with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BridgeFacts {
+    pub stp: bool,
+    pub forward_delay_seconds: u32,
+    pub ageing_seconds: u32,
+    pub vlan_filtering: bool,
+    /// 0: ports get no VLAN by default.
+    pub default_pvid: u16,
+    pub multicast_snooping: bool,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortFacts {
+    pub isolated: bool,
+    pub hairpin: bool,
+    pub bpdu_guard: bool,
+    pub learning: bool,
+    pub unicast_flood: bool,
+    /// VLAN membership; empty where the bridge doesn't filter.
+    pub vlans: BTreeMap<VlanId, VlanFlags>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VlanFlags {
+    pub pvid: bool,
+    pub untagged: bool,
+}
+
+/// A directory pool.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pool {
+    pub path: PathBuf,
+    /// `None`: the directory is not there.
+    pub directory: Option<PoolDirectory>,
+    /// The set and object that registered this pool in the state directory.
+    pub registered: Option<Mark>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolDirectory {
+    pub mark: Option<Mark>,
+    pub capacity_bytes: u64,
+    pub available_bytes: u64,
+    /// Regular files directly in the directory: volumes, and what others put there.
+    pub files: BTreeMap<String, PoolFile>,
+    /// Cached images: files in `.vmctl/images/`.
+    pub images: BTreeMap<String, PoolFile>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolFile {
+    pub mark: Option<Mark>,
+    /// The mark that it carried before its manifest was removed and its data kept.
+    pub retained: Option<Mark>,
+    /// The file's length.
+    pub size_bytes: u64,
+    /// Blocks really in use.
+    pub allocated_bytes: u64,
+    /// What its first bytes say. A file that isn't qcow2 by its magic is `Raw`.
+    pub header: ImageHeader,
+    /// `Delete`, if a manifest with that policy was applied to it.
+    pub reclaim_delete: bool,
+    /// An image's verified digest, as stored when it was imported.
+    pub sha256: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageHeader {
+    pub format: DiskFormat,
+    /// The size that a guest sees.
+    pub virtual_size_bytes: u64,
+    /// The backing file as written in the image.
+    pub backing: Option<PathBuf>,
+    pub encrypted: bool,
+    /// External data file, dirty or corrupt bit, unknown incompatible feature: why it can't be used.
+    pub unusable: Option<String>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vm {
+    /// What `apply` left in the state directory; present for halted VMs too.
+    pub definition: Option<VmDefinition>,
+    /// What the VM process says of itself. An error: a process holds the socket and doesn't answer.
+    pub process: Option<Observed<VmProcess>>,
+    /// How the last process ended; `None` if it runs, never ran, or was killed.
+    pub exit: Option<ExitRecord>,
+    /// `vmctl stop` was the last word: it stays down until `vmctl start`.
+    pub held: bool,
+}
+
+/// What a VM is defined as on this host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmDefinition {
+    pub mark: Mark,
+    pub config: VmConfig,
+    /// Of the taps, in the order of `config.nics`: the bridge each belongs to.
+    pub bridges: Vec<LinkName>,
+    pub run_strategy: RunStrategy,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub enum RunStrategy {
+    /// Runs always: started again whenever it ends.
+    #[default]
+    Always,
+    /// Doesn't run.
+    Halted,
+    /// Started again if it was killed or failed, not if the guest powered itself off.
+    RerunOnFailure,
+    /// `vmctl start` and `vmctl stop` decide.
+    Manual,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmProcess {
+    pub pid: i32,
+    pub phase: Phase,
+    pub uptime_ms: u64,
+    pub reboots: u64,
+    pub config: VmConfig,
+    pub disk_capacity_bytes: Vec<u64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileFacts {
+    pub size_bytes: u64,
+    pub modified_unix_ns: i128,
+    pub header: ImageHeader,
+}
+
+impl Pool {
+    /// Where a volume of this pool lives.
+    pub fn volume_file(name: &ObjectName, format: DiskFormat) -> String {
+        match format {
+            DiskFormat::Raw => format!("{name}.raw"),
+            DiskFormat::Qcow2 => format!("{name}.qcow2"),
+        }
+    }
+
+    /// Where a cached image lives, relative to the pool's directory.
+    pub fn image_directory(path: &Path) -> PathBuf {
+        path.join(".vmctl/images")
+    }
+}

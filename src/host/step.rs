@@ -1,0 +1,329 @@
+//! What can be done to a host: closed values that leave no choice to who runs them.
+//!
+//! A step names objects and never holds an ifindex, a pid or a descriptor. Every step is safe to
+//! repeat and safe to be killed in: what is half-made carries our mark, or is not there at all.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::Lane;
+use super::snapshot::{BridgeFacts, PortFacts, VlanProtocol, VmDefinition};
+use crate::name::{IpPrefix, LinkName, MacAddress, Mark, ObjectName, Sha256, VlanId};
+use crate::vmm::config::DiskFormat;
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Step {
+    /// The link and its mark come into being at once: a crash leaves both or neither.
+    CreateLink(NewLink),
+    /// The link must carry this mark, or the step fails.
+    DeleteLink {
+        link: LinkName,
+        mark: Mark,
+    },
+    /// Writes the mark (`ifalias`) on a link that has none.
+    MarkLink {
+        link: LinkName,
+        mark: Mark,
+    },
+    /// Removes the mark, if it is this one.
+    UnmarkLink {
+        link: LinkName,
+        mark: Mark,
+    },
+    SetLink {
+        link: LinkName,
+        change: LinkChange,
+    },
+    AddAddress {
+        link: LinkName,
+        address: IpPrefix,
+    },
+    RemoveAddress {
+        link: LinkName,
+        address: IpPrefix,
+    },
+
+    /// Makes the directory (and `.vmctl/` in it), marks it and registers it in the state directory.
+    CreatePool {
+        name: ObjectName,
+        path: PathBuf,
+        mark: Mark,
+    },
+    /// Takes the mark and the registration away; the directory and its files stay.
+    ForgetPool {
+        name: ObjectName,
+        path: PathBuf,
+        mark: Mark,
+    },
+
+    /// Copies into the pool's cache under the digest's name, verifying while copying.
+    ImportImage {
+        image: ImageFile,
+        source: PathBuf,
+        sha256: Sha256,
+        mark: Mark,
+    },
+    /// Removes a cached image that carries this mark.
+    DeleteImage {
+        image: ImageFile,
+        mark: Mark,
+    },
+
+    /// Makes the volume under a temporary name, marks it, and renames it into place.
+    CreateVolume(NewVolume),
+    /// Grows an image that no process uses. Never shrinks.
+    GrowVolume {
+        pool_path: PathBuf,
+        file: String,
+        format: DiskFormat,
+        capacity_bytes: u64,
+        mark: Mark,
+    },
+    /// Records on the file what removal may do.
+    SetReclaim {
+        pool_path: PathBuf,
+        file: String,
+        mark: Mark,
+        delete: bool,
+    },
+    /// Marks an unmarked (or retained) file that already is what is declared.
+    AdoptVolume {
+        pool_path: PathBuf,
+        file: String,
+        mark: Mark,
+        reclaim_delete: bool,
+    },
+    /// Turns the mark into a `retained` one; the data stays where it is.
+    RetainVolume {
+        pool_path: PathBuf,
+        file: String,
+        mark: Mark,
+    },
+    /// Moves the file to the pool's trash.
+    TrashVolume {
+        pool_path: PathBuf,
+        file: String,
+        mark: Mark,
+    },
+    /// A retained or marked image file becomes nobody's; for images that an overlay still needs.
+    RetainImage {
+        image: ImageFile,
+        mark: Mark,
+    },
+
+    /// Writes the definition to the state directory.
+    DefineVm {
+        vm: ObjectName,
+        definition: Box<VmDefinition>,
+    },
+    UndefineVm {
+        vm: ObjectName,
+        mark: Mark,
+    },
+    /// Opens the files and taps, locks the disks, and starts a VM process that outlives us.
+    StartVm {
+        vm: ObjectName,
+        definition: Box<VmDefinition>,
+    },
+    StopVm {
+        vm: ObjectName,
+        mark: Mark,
+        how: StopHow,
+    },
+    ResizeDisk {
+        vm: ObjectName,
+        mark: Mark,
+        disk: String,
+        capacity_bytes: u64,
+    },
+    /// Hands the VM process a fresh descriptor of the NIC's tap (the old device was deleted).
+    ReplaceTap {
+        vm: ObjectName,
+        mark: Mark,
+        nic: String,
+        tap: LinkName,
+    },
+    /// Sets or clears the hold of `vmctl stop`.
+    HoldVm {
+        vm: ObjectName,
+        mark: Mark,
+        held: bool,
+    },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewLink {
+    pub name: LinkName,
+    pub mark: Mark,
+    pub kind: NewLinkKind,
+    pub mtu: Option<u32>,
+    pub mac_address: Option<MacAddress>,
+    /// Set before the link comes up.
+    pub master: Option<LinkName>,
+    /// Port attributes, set before the link comes up; only with a master.
+    pub port: Option<PortFacts>,
+    pub up: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NewLinkKind {
+    Bridge(BridgeFacts),
+    Vlan {
+        parent: LinkName,
+        id: VlanId,
+        protocol: VlanProtocol,
+    },
+    /// A persistent tap with `IFF_VNET_HDR`, made of the mark's VM.
+    Tap,
+}
+
+/// One attribute of an existing link.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LinkChange {
+    Mtu(u32),
+    Up(bool),
+    Master(Option<LinkName>),
+    MacAddress(MacAddress),
+    Stp(bool),
+    ForwardDelaySeconds(u32),
+    AgeingSeconds(u32),
+    VlanFiltering(bool),
+    DefaultPvid(u16),
+    MulticastSnooping(bool),
+    /// Isolated, hairpin, BPDU guard, learning and flood flags of a bridge port; not its VLANs.
+    PortFlags(PortFacts),
+    /// The exact VLAN membership of a bridge port: others are removed.
+    PortVlans(PortFacts),
+}
+
+/// A file in a pool's image cache: `<pool>/.vmctl/images/<file>`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ImageFile {
+    pub pool_path: PathBuf,
+    /// `<sha256>.<format>`
+    pub file: String,
+    pub format: DiskFormat,
+}
+
+impl ImageFile {
+    pub fn path(&self) -> PathBuf {
+        super::snapshot::Pool::image_directory(&self.pool_path).join(&self.file)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewVolume {
+    pub pool_path: PathBuf,
+    pub file: String,
+    pub format: DiskFormat,
+    pub capacity_bytes: u64,
+    pub content: NewVolumeContent,
+    pub preallocate: bool,
+    pub mark: Mark,
+    pub reclaim_delete: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NewVolumeContent {
+    Blank,
+    /// A full copy (a reflink where the file system can), grown to the capacity.
+    CopyOf(ImageFile),
+    /// A qcow2 overlay.
+    OverlayOn(ImageFile),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StopHow {
+    /// The power button, then by force when the time is over.
+    Graceful {
+        timeout_ms: u64,
+    },
+    Forced,
+}
+
+impl Step {
+    pub fn lane(&self) -> Lane {
+        match self {
+            Step::CreateLink(NewLink { kind: NewLinkKind::Tap, .. })
+            | Step::CreateLink(_)
+            | Step::DeleteLink { .. }
+            | Step::MarkLink { .. }
+            | Step::UnmarkLink { .. }
+            | Step::SetLink { .. }
+            | Step::AddAddress { .. }
+            | Step::RemoveAddress { .. } => Lane::Fast,
+            _ => Lane::Slow,
+        }
+    }
+}
+
+/// What a step does, for a person: `create bridge brvlan10`.
+impl std::fmt::Display for Step {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::CreateLink(new) => match &new.kind {
+                NewLinkKind::Bridge(_) => write!(f, "create bridge {}", new.name),
+                NewLinkKind::Vlan { parent, id, .. } => {
+                    write!(f, "create {} as VLAN {id} on {parent}", new.name)
+                }
+                NewLinkKind::Tap => write!(f, "create tap {}", new.name),
+            },
+            Self::DeleteLink { link, .. } => write!(f, "delete {link}"),
+            Self::MarkLink { link, .. } => write!(f, "mark {link} as vmctl's"),
+            Self::UnmarkLink { link, .. } => write!(f, "take vmctl's mark off {link}"),
+            Self::SetLink { link, change } => write!(f, "set {change} on {link}"),
+            Self::AddAddress { link, address } => write!(f, "add {address} to {link}"),
+            Self::RemoveAddress { link, address } => write!(f, "remove {address} from {link}"),
+            Self::CreatePool { path, .. } => write!(f, "make {} a pool", path.display()),
+            Self::ForgetPool { path, .. } => write!(f, "forget the pool {}", path.display()),
+            Self::ImportImage { source, .. } => write!(f, "import {}", source.display()),
+            Self::DeleteImage { image, .. } => write!(f, "delete {}", image.path().display()),
+            Self::RetainImage { image, .. } => write!(f, "let go of {}", image.path().display()),
+            Self::CreateVolume(new) => write!(f, "create {}", new.pool_path.join(&new.file).display()),
+            Self::GrowVolume { pool_path, file, .. } => write!(f, "grow {}", pool_path.join(file).display()),
+            Self::SetReclaim { pool_path, file, .. } => {
+                write!(f, "set the reclaim policy of {}", pool_path.join(file).display())
+            }
+            Self::AdoptVolume { pool_path, file, .. } => {
+                write!(f, "adopt {}", pool_path.join(file).display())
+            }
+            Self::RetainVolume { pool_path, file, .. } => {
+                write!(f, "let go of {}", pool_path.join(file).display())
+            }
+            Self::TrashVolume { pool_path, file, .. } => {
+                write!(f, "move {} to the pool's trash", pool_path.join(file).display())
+            }
+            Self::DefineVm { vm, .. } => write!(f, "define VM {vm}"),
+            Self::UndefineVm { vm, .. } => write!(f, "forget VM {vm}"),
+            Self::StartVm { vm, .. } => write!(f, "start VM {vm}"),
+            Self::StopVm { vm, how: StopHow::Graceful { .. }, .. } => write!(f, "shut down VM {vm}"),
+            Self::StopVm { vm, how: StopHow::Forced, .. } => write!(f, "stop VM {vm} by force"),
+            Self::ResizeDisk { vm, disk, .. } => write!(f, "grow {disk} of VM {vm}"),
+            Self::ReplaceTap { vm, nic, .. } => write!(f, "give {nic} of VM {vm} a new tap"),
+            Self::HoldVm { vm, held: true, .. } => write!(f, "hold VM {vm} down"),
+            Self::HoldVm { vm, held: false, .. } => write!(f, "let VM {vm} run"),
+        }
+    }
+}
+
+impl std::fmt::Display for LinkChange {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Mtu(mtu) => write!(f, "mtu {mtu}"),
+            Self::Up(true) => f.write_str("up"),
+            Self::Up(false) => f.write_str("down"),
+            Self::Master(Some(bridge)) => write!(f, "master {bridge}"),
+            Self::Master(None) => f.write_str("nomaster"),
+            Self::MacAddress(mac) => write!(f, "address {mac}"),
+            Self::Stp(on) => write!(f, "stp {on}"),
+            Self::ForwardDelaySeconds(seconds) => write!(f, "forward delay {seconds} s"),
+            Self::AgeingSeconds(seconds) => write!(f, "ageing {seconds} s"),
+            Self::VlanFiltering(on) => write!(f, "vlan_filtering {on}"),
+            Self::DefaultPvid(id) => write!(f, "default pvid {id}"),
+            Self::MulticastSnooping(on) => write!(f, "multicast snooping {on}"),
+            Self::PortFlags(_) => f.write_str("port flags"),
+            Self::PortVlans(_) => f.write_str("port VLANs"),
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! What a kind may look at, with the look-ups that would otherwise be a scan per object.
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+
+use super::{Declared, Spec};
+use crate::host::snapshot::{Link, Snapshot};
+use crate::name::{LinkName, Mark, ObjectId, ObjectName};
+
+/// A declaration beside a snapshot.
+pub struct Context<'a> {
+    pub declared: &'a Declared,
+    pub snapshot: &'a Snapshot,
+    index: Index<'a>,
+}
+
+#[derive(Default)]
+struct Index<'a> {
+    /// The declared Bridge or Vlan of each link name.
+    declared_links: HashMap<LinkName, &'a ObjectId>,
+    /// The links that carry our set's mark, by owner.
+    links: HashMap<ObjectId, Vec<(&'a LinkName, &'a Link, Mark)>>,
+    /// What sits on a link: its ports and its sub-devices.
+    uppers: HashMap<&'a LinkName, Vec<(&'a LinkName, &'a Link)>>,
+    /// The pools in which an object of our set has a volume file.
+    volume_pools: HashMap<&'a ObjectId, Vec<&'a ObjectName>>,
+    /// Which disk of which running VM a file is.
+    running_disks: HashMap<&'a str, (&'a ObjectName, Mark, &'a str)>,
+    /// Files that something is an overlay of.
+    backing_files: BTreeSet<&'a PathBuf>,
+}
+
+impl<'a> Context<'a> {
+    pub fn new(declared: &'a Declared, snapshot: &'a Snapshot) -> Self {
+        let mut index = Index::default();
+        for (id, spec) in &declared.objects {
+            if let Some(link) = link_of(id, spec) {
+                index.declared_links.insert(link, id);
+            }
+        }
+        for (name, link) in snapshot.links.iter().flatten() {
+            if let Some(mark) = link.mark().filter(|mark| mark.set == declared.set) {
+                index.links.entry(mark.owner.clone()).or_default().push((name, link, mark));
+            }
+            for lower in link.master.iter().chain(&link.parent) {
+                index.uppers.entry(lower).or_default().push((name, link));
+            }
+        }
+        for (name, pool) in &snapshot.pools {
+            let Some(directory) = pool.as_ref().ok().and_then(|pool| pool.directory.as_ref()) else {
+                continue;
+            };
+            for file in directory.files.values() {
+                if let Some(mark) = file.mark.as_ref().filter(|mark| mark.set == declared.set) {
+                    index.volume_pools.entry(&mark.owner).or_default().push(name);
+                }
+                index.backing_files.extend(&file.header.backing);
+            }
+        }
+        for (name, vm) in snapshot.vms.iter().flatten() {
+            let Some(Ok(process)) = &vm.process else { continue };
+            let Ok(mark) = process.config.mark.parse::<Mark>() else { continue };
+            for disk in &process.config.disks {
+                index.running_disks.insert(&disk.path, (name, mark.clone(), &disk.name));
+            }
+        }
+        Self { declared, snapshot, index }
+    }
+
+    /// The declared object, if any, whose link this is.
+    pub fn declared_owner(&self, link: &LinkName) -> Option<&'a ObjectId> {
+        self.index.declared_links.get(link).copied()
+    }
+
+    /// The links that carry the mark of this object of our set.
+    pub fn links_of(&self, owner: &ObjectId) -> &[(&'a LinkName, &'a Link, Mark)] {
+        self.index.links.get(owner).map(Vec::as_slice).unwrap_or_default()
+    }
+
+    /// The ports and sub-devices of a link.
+    pub fn uppers(&self, link: &LinkName) -> &[(&'a LinkName, &'a Link)] {
+        self.index.uppers.get(link).map(Vec::as_slice).unwrap_or_default()
+    }
+
+    /// A pool other than this one in which our set has this volume's data.
+    pub fn other_pool_of(&self, volume: &ObjectId, pool: &ObjectName) -> Option<&'a ObjectName> {
+        self.index.volume_pools.get(volume)?.iter().copied().find(|other| *other != pool)
+    }
+
+    /// The VM, its mark, and its disk, that runs on this file.
+    pub fn running_disk(&self, path: &Path) -> Option<(ObjectName, Mark, String)> {
+        let (vm, mark, disk) = self.index.running_disks.get(path.to_str()?)?;
+        Some(((*vm).clone(), mark.clone(), (*disk).to_owned()))
+    }
+
+    /// Whether some volume is an overlay of this file.
+    pub fn is_backing_file(&self, path: &PathBuf) -> bool {
+        self.index.backing_files.contains(path)
+    }
+}
+
+/// The link that an object is on the host.
+pub fn link_of(id: &ObjectId, spec: &Spec) -> Option<LinkName> {
+    match spec {
+        Spec::Bridge(bridge) => bridge.link_name(&id.name).ok(),
+        Spec::Vlan(vlan) => Some(vlan.interface_name.clone()),
+        _ => None,
+    }
+}

@@ -1,0 +1,168 @@
+//! Image: differences to steps.
+
+use super::Image;
+use crate::host::Step;
+use crate::host::snapshot::ImageHeader;
+use crate::kinds::Context;
+use crate::kinds::action::{Action, Blocker, Impact, Verb};
+use crate::kinds::storage_pool::compare::resolve;
+use crate::name::{ByteSize, Mark, ObjectId};
+use crate::vmm::config::DiskFormat;
+
+pub fn compare(id: &ObjectId, want: &Image, context: &Context) -> Action {
+    let mut action = Action::new(id, summary(want));
+    let (pool_path, directory) = match resolve(&want.pool, context) {
+        Ok(found) => found,
+        Err(blocker) => return action.blocked(blocker),
+    };
+    let image = want.cached(pool_path);
+    let mark = Mark::new(context.declared.set.clone(), id.clone());
+    let cached = directory.and_then(|directory| directory.images.get(&image.file));
+    if let Some(cached) = cached {
+        match &cached.mark {
+            Some(found) if *found == mark => {
+                action.usable = true;
+                return stale(action, id, &image.file, &mark, context).finish();
+            }
+            Some(found) if found.set != mark.set => {
+                return action.blocked(Blocker::new(format!(
+                    "this content is in the pool as {} of set {}",
+                    found.owner, found.set
+                )));
+            }
+            // Ours under another name, or nobody's: importing again verifies the content and marks it.
+            _ => {
+                action.verb(Verb::Adopt, "the content is in the cache already; it is verified again");
+            }
+        }
+    } else {
+        action.verb(Verb::Create, "not in the pool's cache");
+    }
+    if let Err(blocker) = check_source(want, context) {
+        return action.blocked(blocker);
+    }
+    action.step(Step::ImportImage {
+        image: image.clone(),
+        source: want.source_path.clone(),
+        sha256: want.sha256,
+        mark: mark.clone(),
+    });
+    stale(action, id, &image.file, &mark, context).finish()
+}
+
+fn summary(want: &Image) -> String {
+    let format = describe(want.format);
+    let digest = want.sha256.to_string();
+    format!("{format} from {}, sha256 {}…", want.source_path.display(), &digest[..12])
+}
+
+pub(crate) fn describe(format: DiskFormat) -> &'static str {
+    match format {
+        DiskFormat::Raw => "raw",
+        DiskFormat::Qcow2 => "qcow2",
+    }
+}
+
+/// What the source's first bytes say against what is declared. The checksum is checked while copying.
+fn check_source(want: &Image, context: &Context) -> Result<(), Blocker> {
+    let path = want.source_path.display();
+    match context.snapshot.files.get(&want.source_path) {
+        None => Err(Blocker::new(format!("its source {path} is not there"))
+            .hint("put the file there, or correct `source.path`")),
+        Some(Err(error)) => Err(Blocker::unseen(error)),
+        Some(Ok(facts)) => check_header(want.format, &facts.header)
+            .map_err(|because| Blocker::new(format!("{path}: {because}"))),
+    }
+}
+
+/// Why an image with this header can't be used as `format`.
+pub(crate) fn check_header(format: DiskFormat, header: &ImageHeader) -> Result<(), String> {
+    if header.format != format {
+        return Err(format!(
+            "declared as {}, but its first bytes say {}; declare `format: {}` if that is what you mean",
+            describe(format),
+            describe(header.format),
+            describe(header.format)
+        ));
+    }
+    if header.encrypted {
+        return Err(
+            "the image is encrypted, which vmctl can't serve; decrypt it with `qemu-img convert`".into()
+        );
+    }
+    if let Some(why) = &header.unusable {
+        return Err(format!("the image can't be used: {why}"));
+    }
+    if let Some(backing) = &header.backing {
+        return Err(format!(
+            "the image has a backing file ({}) that nothing declares; flatten it with `qemu-img convert -O qcow2`",
+            backing.display()
+        ));
+    }
+    Ok(())
+}
+
+/// Older contents of this image: removed, unless an overlay needs them.
+fn stale(mut action: Action, id: &ObjectId, current: &str, mark: &Mark, context: &Context) -> Action {
+    for pool in context.snapshot.pools.values().flatten() {
+        let Some(directory) = &pool.directory else { continue };
+        for (file, facts) in &directory.images {
+            let Some(step) = (facts.mark.as_ref() == Some(mark) && file != current)
+                .then(|| remove_step(&pool.path, file, facts.header.format, mark, context))
+            else {
+                continue;
+            };
+            let size = ByteSize(facts.size_bytes);
+            let kept = matches!(step, Step::RetainImage { .. });
+            let to = kept.then(|| "kept for the overlays on it".to_owned());
+            action.differs(
+                "content",
+                Some(format!("{}… ({size})", &file[..12.min(file.len())])),
+                to,
+                Impact::Live,
+            );
+            action.after.extend(overlay_owners(&pool.path, file, context).filter(|owner| owner != id));
+            action.step(step);
+        }
+    }
+    action
+}
+
+/// Deletes a cached image, or lets go of it where an overlay needs it.
+pub(crate) fn remove_step(
+    pool_path: &std::path::Path,
+    file: &str,
+    format: DiskFormat,
+    mark: &Mark,
+    context: &Context,
+) -> Step {
+    let image =
+        crate::host::step::ImageFile { pool_path: pool_path.to_owned(), file: file.to_owned(), format };
+    let path = image.path();
+    let needed = context.is_backing_file(&path);
+    // A pool that could not be looked at may hold an overlay too.
+    let unseen = context.snapshot.pools.values().any(Result::is_err);
+    if needed || unseen {
+        Step::RetainImage { image, mark: mark.clone() }
+    } else {
+        Step::DeleteImage { image, mark: mark.clone() }
+    }
+}
+
+fn overlay_owners<'a>(
+    pool_path: &std::path::Path,
+    file: &str,
+    context: &'a Context,
+) -> impl Iterator<Item = ObjectId> + 'a {
+    let path = crate::host::snapshot::Pool::image_directory(pool_path).join(file);
+    context
+        .snapshot
+        .pools
+        .values()
+        .flatten()
+        .filter_map(|pool| pool.directory.as_ref())
+        .flat_map(|directory| directory.files.values())
+        .filter(move |volume| volume.header.backing.as_ref() == Some(&path))
+        .filter_map(|volume| volume.mark.as_ref())
+        .map(|mark| mark.owner.clone())
+}

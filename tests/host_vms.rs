@@ -1,0 +1,487 @@
+//! VMs on the Linux host: their records, their processes, their ends. With the real VM process and a
+//! small guest of our own, on this host's KVM.
+
+#[path = "support/guest.rs"]
+#[allow(dead_code, reason = "other tests use the rest of it")]
+mod guest;
+#[path = "support/host.rs"]
+mod support;
+
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::process::{Pid, Signal};
+use support::*;
+use vmctl::host::error::StepError;
+use vmctl::host::linux::{LinuxHost, vm_uid};
+use vmctl::host::snapshot::{RunStrategy, Vm, VmDefinition, VmProcess};
+use vmctl::host::step::{Step, StopHow};
+use vmctl::host::{Host as _, Scope};
+use vmctl::name::{Kind, Mark, ObjectName};
+use vmctl::vmm::config::{BootConfig, DiskConfig, DiskFormat, NicConfig, VmConfig};
+use vmctl::vmm::protocol::{ExitReason, Verb};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_vmctl-vmm");
+
+/// A host with directories of its own; what runs in it ends with it.
+struct Ground {
+    host: LinuxHost,
+    directory: PathBuf,
+}
+
+impl Ground {
+    fn new() -> Self {
+        Self::at(scratch("ground"), PROGRAM)
+    }
+
+    fn at(directory: PathBuf, program: &str) -> Self {
+        let _ = std::fs::remove_dir_all(&directory);
+        std::fs::create_dir_all(&directory).unwrap();
+        std::fs::write(directory.join("kernel"), guest::kernel()).unwrap();
+        let host = LinuxHost::new(directory.join("state"), directory.join("run"), program);
+        Self { host, directory }
+    }
+
+    fn path(&self, file: &str) -> String {
+        self.directory.join(file).to_str().unwrap().to_owned()
+    }
+
+    fn run(&self, step: Step) -> Result<(), StepError> {
+        self.host.run(&[&step]).remove(0)
+    }
+
+    fn definition(&self, vm: &str) -> VmDefinition {
+        let mark = mark(Kind::VirtualMachine, vm);
+        VmDefinition {
+            config: VmConfig {
+                name: vm.to_owned(),
+                mark: mark.to_string(),
+                vcpus: 1,
+                memory_bytes: 32 << 20,
+                boot: BootConfig {
+                    kernel_path: self.path("kernel"),
+                    initrd_path: None,
+                    cmdline: String::new(),
+                },
+                disks: Vec::new(),
+                nics: Vec::new(),
+            },
+            mark,
+            bridges: Vec::new(),
+            run_strategy: RunStrategy::Always,
+        }
+    }
+
+    fn define(&self, definition: &VmDefinition) -> Result<(), StepError> {
+        self.run(Step::DefineVm { vm: vm_name(definition), definition: Box::new(definition.clone()) })
+    }
+
+    fn start(&self, definition: &VmDefinition) -> Result<(), StepError> {
+        self.run(Step::StartVm { vm: vm_name(definition), definition: Box::new(definition.clone()) })
+    }
+
+    fn stop(&self, definition: &VmDefinition, how: StopHow) -> Result<(), StepError> {
+        self.run(Step::StopVm { vm: vm_name(definition), mark: definition.mark.clone(), how })
+    }
+
+    fn undefine(&self, definition: &VmDefinition) -> Result<(), StepError> {
+        self.run(Step::UndefineVm { vm: vm_name(definition), mark: definition.mark.clone() })
+    }
+
+    fn vms(&self) -> Vec<(String, Vm)> {
+        let snapshot = self.host.snapshot(&Scope::default());
+        snapshot.vms.unwrap().into_iter().map(|(name, vm)| (name.to_string(), vm)).collect()
+    }
+
+    fn vm(&self, name: &str) -> Vm {
+        self.vms().into_iter().find(|(found, _)| found == name).unwrap_or_else(|| panic!("no {name}")).1
+    }
+
+    fn process(&self, name: &str) -> VmProcess {
+        self.vm(name).process.expect("it runs").expect("it answers")
+    }
+
+    /// Types into the guest.
+    fn type_in(&self, definition: &VmDefinition, text: &str) {
+        let control = self.host.vm_control(&vm_name(definition)).unwrap().expect("it runs");
+        let console = control.attach_console(0).unwrap();
+        console.write(text.as_bytes()).unwrap();
+    }
+}
+
+impl Drop for Ground {
+    fn drop(&mut self) {
+        // A test that failed leaves processes behind.
+        if let Ok(vms) = self.host.snapshot(&Scope::default()).vms {
+            for vm in vms.into_values() {
+                if let Some(definition) = &vm.definition {
+                    let _ = self.stop(definition, StopHow::Forced);
+                }
+            }
+        }
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
+
+fn vm_name(definition: &VmDefinition) -> ObjectName {
+    definition.mark.owner.name.clone()
+}
+
+fn readable(fd: impl AsFd, timeout: Duration) -> bool {
+    let timeout = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: timeout.subsec_nanos().into() };
+    rustix::event::poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timeout)).unwrap() > 0
+}
+
+fn kill(pid: i32, signal: Signal) {
+    rustix::process::kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
+}
+
+/// Nothing of it runs; its number may wait for init to be read.
+fn has_ended(pid: i32) -> bool {
+    match std::fs::read_to_string(format!("/proc/{pid}/status")) {
+        Ok(status) => status.contains("State:\tZ"),
+        Err(_) => true,
+    }
+}
+
+/// Waits until the VM is gone from view.
+fn wait_gone(ground: &Ground, name: &str) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while ground.vm(name).process.is_some() {
+        assert!(Instant::now() < deadline, "{name} still runs");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_vm_lives_from_its_definition_to_its_removal() {
+    let ground = Ground::new();
+    let definition = ground.definition("web");
+    assert!(ground.vms().is_empty());
+    ground.define(&definition).unwrap();
+    ground.define(&definition).unwrap();
+    let seen = ground.vm("web");
+    assert_eq!(seen.definition.as_ref(), Some(&definition));
+    assert_eq!((seen.process, seen.exit, seen.held), (None, None, false));
+
+    ground.start(&definition).unwrap();
+    let process = ground.process("web");
+    assert_eq!(process.config, definition.config);
+    let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid)).unwrap();
+    let uid = vm_uid(&vm_name(&definition));
+    assert!(status.contains(&format!("Uid:\t{uid}\t{uid}\t{uid}\t{uid}")), "{status}");
+    // Again: the same process.
+    ground.start(&definition).unwrap();
+    assert_eq!(ground.process("web").pid, process.pid);
+    // Not while it runs another configuration.
+    let mut other = definition.clone();
+    other.config.memory_bytes = 64 << 20;
+    assert!(matches!(ground.start(&other), Err(StepError::Failed { .. })));
+    assert!(matches!(ground.undefine(&definition), Err(StepError::Failed { .. })));
+
+    ground.stop(&definition, StopHow::Forced).unwrap();
+    ground.stop(&definition, StopHow::Forced).unwrap();
+    let seen = ground.vm("web");
+    assert_eq!(seen.process, None);
+    assert_eq!(seen.exit.unwrap().reason, ExitReason::Stopped);
+    assert!(has_ended(process.pid));
+    assert!(!Path::new(&ground.path("run/vms/web/control.sock")).exists());
+    assert_eq!(std::fs::read_to_string(ground.host.console_log(&vm_name(&definition))).unwrap(), "boot1\n");
+
+    ground.undefine(&definition).unwrap();
+    ground.undefine(&definition).unwrap();
+    assert!(ground.vms().is_empty());
+    for left in ["state/vms/web", "run/vms/web"] {
+        assert!(!Path::new(&ground.path(left)).exists(), "{left}");
+    }
+}
+
+#[test]
+fn a_stop_waits_for_the_guest_and_then_does_not() {
+    let ground = Ground::new();
+    let definition = ground.definition("slow");
+    ground.define(&definition).unwrap();
+    // This guest doesn't know its power button; somebody else powers it off meanwhile.
+    ground.start(&definition).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_millis(300));
+            ground.type_in(&definition, "q");
+        });
+        ground.stop(&definition, StopHow::Graceful { timeout_ms: 30_000 }).unwrap();
+    });
+    assert_eq!(ground.vm("slow").exit.unwrap().reason, ExitReason::GuestPowerOff);
+    // It stays deaf.
+    ground.start(&definition).unwrap();
+    let begin = Instant::now();
+    ground.stop(&definition, StopHow::Graceful { timeout_ms: 400 }).unwrap();
+    assert!(begin.elapsed() >= Duration::from_millis(400));
+    assert_eq!(ground.vm("slow").exit.unwrap().reason, ExitReason::Stopped);
+}
+
+#[test]
+fn a_killed_vm_is_seen_at_once_and_starts_again() {
+    let ground = Ground::new();
+    let definition = ground.definition("web");
+    assert!(ground.host.vm_watch(&vm_name(&definition)).unwrap().is_none());
+    ground.define(&definition).unwrap();
+    ground.start(&definition).unwrap();
+    let watch = ground.host.vm_watch(&vm_name(&definition)).unwrap().expect("it runs");
+    assert!(!readable(&watch, Duration::from_millis(50)));
+    let pid = ground.process("web").pid;
+    kill(pid, Signal::KILL);
+    assert!(readable(&watch, Duration::from_secs(20)));
+    wait_gone(&ground, "web");
+    let seen = ground.vm("web");
+    assert_eq!((seen.process, seen.exit), (None, None));
+    // Over the dead socket.
+    ground.start(&definition).unwrap();
+    assert_ne!(ground.process("web").pid, pid);
+    ground.stop(&definition, StopHow::Forced).unwrap();
+}
+
+#[test]
+fn a_hung_vm_is_unknown_and_can_be_stopped() {
+    let ground = Ground::new();
+    let (hung, well) = (ground.definition("hung"), ground.definition("well"));
+    for definition in [&hung, &well] {
+        ground.define(definition).unwrap();
+        ground.start(definition).unwrap();
+    }
+    let pid = ground.process("hung").pid;
+    kill(pid, Signal::STOP);
+    let begin = Instant::now();
+    let seen = ground.vms();
+    assert!(begin.elapsed() < Duration::from_secs(4), "{:?}", begin.elapsed());
+    assert!(matches!(&seen[0].1.process, Some(Err(error)) if error.why.contains("no answer")), "{seen:?}");
+    assert!(matches!(&seen[1].1.process, Some(Ok(_))), "{seen:?}");
+    ground.stop(&hung, StopHow::Graceful { timeout_ms: 100 }).unwrap();
+    assert!(has_ended(pid));
+    assert_eq!(ground.vm("hung").process, None);
+    assert!(ground.vm("well").process.is_some());
+    ground.stop(&well, StopHow::Forced).unwrap();
+}
+
+#[test]
+fn what_another_owns_is_left_alone() {
+    let ground = Ground::new();
+    let definition = ground.definition("web");
+    ground.define(&definition).unwrap();
+    ground.start(&definition).unwrap();
+    let mut theirs = definition.clone();
+    theirs.mark.set = "other".parse().unwrap();
+    theirs.config.mark = theirs.mark.to_string();
+    let (vm, mark) = (vm_name(&theirs), theirs.mark.clone());
+    refused_as_not_ours(ground.define(&theirs));
+    refused_as_not_ours(ground.start(&theirs));
+    refused_as_not_ours(ground.stop(&theirs, StopHow::Forced));
+    refused_as_not_ours(ground.undefine(&theirs));
+    refused_as_not_ours(ground.run(Step::HoldVm { vm: vm.clone(), mark: mark.clone(), held: true }));
+    let grow =
+        Step::ResizeDisk { vm: vm.clone(), mark: mark.clone(), disk: "root".into(), capacity_bytes: 1 };
+    refused_as_not_ours(ground.run(grow));
+    let replace = Step::ReplaceTap { vm, mark, nic: "net0".into(), tap: name("tap0") };
+    refused_as_not_ours(ground.run(replace));
+    // Without its definition, too.
+    std::fs::remove_file(ground.path("state/vms/web/definition.json")).unwrap();
+    refused_as_not_ours(ground.stop(&theirs, StopHow::Forced));
+    assert_eq!(ground.process("web").config, definition.config);
+    ground.stop(&definition, StopHow::Forced).unwrap();
+}
+
+#[test]
+fn a_hold_lasts() {
+    let ground = Ground::new();
+    let definition = ground.definition("web");
+    ground.define(&definition).unwrap();
+    for held in [true, true, false, false] {
+        let (vm, mark) = (vm_name(&definition), definition.mark.clone());
+        ground.run(Step::HoldVm { vm, mark, held }).unwrap();
+        assert_eq!(ground.vm("web").held, held);
+    }
+}
+
+#[test]
+fn a_definition_that_cannot_be_read_is_unknown_and_is_kept() {
+    let ground = Ground::new();
+    let definition = ground.definition("web");
+    ground.define(&definition).unwrap();
+    let path = ground.path("state/vms/web/definition.json");
+    std::fs::write(&path, "{\"version\":1,").unwrap();
+    let seen = ground.vm("web");
+    assert!(matches!(&seen.process, Some(Err(error)) if error.why.contains("definition.json")), "{seen:?}");
+    assert!(ground.define(&definition).is_err());
+    assert!(ground.start(&definition).is_err());
+    assert!(ground.undefine(&definition).is_err());
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "{\"version\":1,");
+}
+
+#[test]
+fn a_start_that_fails_leaves_no_process_and_says_why() {
+    let ground = Ground::new();
+    let definition = ground.definition("web");
+    refused_as_not_ours(ground.start(&definition));
+    let mut broken = definition.clone();
+    broken.config.boot.kernel_path = ground.path("none");
+    ground.define(&broken).unwrap();
+    let error = ground.start(&broken).unwrap_err().to_string();
+    assert!(error.starts_with("start the VM web: open its kernel ") && error.contains("/none: "), "{error}");
+    // A FIFO doesn't hold us up, a directory is no kernel.
+    assert!(std::process::Command::new("mkfifo").arg(ground.path("fifo")).status().unwrap().success());
+    for file in ["fifo", "state"] {
+        broken.config.boot.kernel_path = ground.path(file);
+        let error = ground.start(&broken).unwrap_err().to_string();
+        assert!(error.contains("not a regular file"), "{error}");
+    }
+    // The VM process itself refuses.
+    std::fs::write(ground.path("text"), "no kernel at all").unwrap();
+    broken.config.boot.kernel_path = ground.path("text");
+    let error = ground.start(&broken).unwrap_err().to_string();
+    assert!(error.contains("refused"), "{error}");
+    assert!(!Path::new(&ground.path("run/vms/web/control.sock")).exists());
+    assert_eq!(ground.vm("web").process, None);
+    ground.define(&definition).unwrap();
+    ground.start(&definition).unwrap();
+    ground.stop(&definition, StopHow::Forced).unwrap();
+}
+
+#[test]
+fn a_directory_of_any_length_will_do() {
+    let ground = Ground::at(scratch(&"long".repeat(30)), PROGRAM);
+    let definition = ground.definition("web");
+    ground.define(&definition).unwrap();
+    ground.start(&definition).unwrap();
+    assert!(ground.process("web").pid > 0);
+    ground.stop(&definition, StopHow::Forced).unwrap();
+}
+
+#[test]
+fn a_disk_has_one_writer_and_grows_while_it_is_used() {
+    let ground = Ground::new();
+    let image = ground.path("disk.raw");
+    std::fs::write(&image, vec![0; 1 << 20]).unwrap();
+    let with_disk = |vm: &str, read_only| {
+        let mut definition = ground.definition(vm);
+        definition.config.disks.push(DiskConfig {
+            name: "root".to_owned(),
+            path: image.clone(),
+            format: DiskFormat::Raw,
+            read_only,
+            backing: Vec::new(),
+        });
+        ground.define(&definition).unwrap();
+        definition
+    };
+    let (first, second) = (with_disk("first", false), with_disk("second", false));
+    ground.start(&first).unwrap();
+    assert_eq!(ground.process("first").disk_capacity_bytes, [1 << 20]);
+    let error = ground.start(&second).unwrap_err();
+    assert!(error.to_string().contains("disk.raw"), "{error}");
+    assert!(ground.start(&with_disk("reader", true)).is_err());
+
+    let grow = |definition: &VmDefinition, capacity_bytes| {
+        let (vm, mark) = (vm_name(definition), definition.mark.clone());
+        ground.run(Step::ResizeDisk { vm, mark, disk: "root".to_owned(), capacity_bytes })
+    };
+    for _ in 0..2 {
+        grow(&first, 2 << 20).unwrap();
+        assert_eq!(ground.process("first").disk_capacity_bytes, [2 << 20]);
+    }
+    assert!(grow(&first, 1 << 20).is_err());
+    assert!(grow(&second, 2 << 20).unwrap_err().to_string().contains("does not run"));
+    // The lock ends with the process, even when it is killed.
+    kill(ground.process("first").pid, Signal::KILL);
+    wait_gone(&ground, "first");
+    ground.start(&second).unwrap();
+    ground.stop(&second, StopHow::Forced).unwrap();
+}
+
+#[test]
+fn a_tap_is_held_and_replaced() {
+    private_network();
+    let ground = Ground::new();
+    let mut definition = ground.definition("web");
+    definition.config.nics.push(NicConfig {
+        name: "net0".to_owned(),
+        tap: "tap0".to_owned(),
+        mac_address: "52:54:00:00:00:01".to_owned(),
+        mtu: 1500,
+    });
+    ground.define(&definition).unwrap();
+    let new = tap("tap0", None);
+    let carrier = || ip("link show tap0").contains("LOWER_UP");
+    // Not there: it isn't made by the way.
+    let error = ground.start(&definition).unwrap_err().to_string();
+    assert!(error.contains("tap0"), "{error}");
+    assert!(!observe().contains_key("tap0"));
+    // Somebody else's.
+    ip("tuntap add tap0 mode tap");
+    refused_as_not_ours(ground.start(&definition));
+    ip("link del tap0");
+
+    create(&new).unwrap();
+    ground.start(&definition).unwrap();
+    assert!(carrier());
+    let held = Mark::part(definition.mark.set.clone(), definition.mark.owner.clone(), "net0");
+    assert_eq!(link("tap0").mark(), Some(held));
+    // The tap is deleted under the VM; a new one takes its place.
+    delete(&new).unwrap();
+    create(&new).unwrap();
+    assert!(!carrier());
+    let (vm, mark) = (vm_name(&definition), definition.mark.clone());
+    let replace = Step::ReplaceTap { vm, mark, nic: "net0".to_owned(), tap: name("tap0") };
+    ground.run(replace.clone()).unwrap();
+    assert!(carrier());
+    ground.stop(&definition, StopHow::Forced).unwrap();
+    assert!(!carrier());
+    assert!(observe().contains_key("tap0"));
+}
+
+#[test]
+fn control_connections_serve_more_than_steps() {
+    let ground = Ground::new();
+    let definition = ground.definition("web");
+    assert!(ground.host.vm_control(&vm_name(&definition)).unwrap().is_none());
+    ground.define(&definition).unwrap();
+    ground.start(&definition).unwrap();
+    let control = ground.host.vm_control(&vm_name(&definition)).unwrap().expect("it runs");
+    control.command(&Verb::Pause).unwrap();
+    control.command(&Verb::Resume).unwrap();
+    ground.stop(&definition, StopHow::Forced).unwrap();
+}
+
+/// Stock Linux, which needs a KVM that runs more than our small guest: always in the lab.
+#[test]
+fn a_linux_guest_obeys_its_power_button() {
+    if !support::lab::in_lab() {
+        return support::lab::run_in_lab(&[PROGRAM]);
+    }
+    private_network();
+    let ground = Ground::at(scratch("ground"), "/usr/local/bin/vmctl-vmm");
+    create(&bridge("br0")).unwrap();
+    create(&tap("tap0", Some("br0"))).unwrap();
+    let mut definition = ground.definition("web");
+    definition.config.memory_bytes = 256 << 20;
+    definition.config.boot = BootConfig {
+        kernel_path: "/guest/vmlinux".to_owned(),
+        initrd_path: Some("/guest/initrd".to_owned()),
+        cmdline: "console=ttyS0 quiet panic=-1 mitigations=off".to_owned(),
+    };
+    definition.config.nics.push(NicConfig {
+        name: "net0".to_owned(),
+        tap: "tap0".to_owned(),
+        mac_address: "52:54:00:00:00:01".to_owned(),
+        mtu: 1500,
+    });
+    ground.define(&definition).unwrap();
+    ground.start(&definition).unwrap();
+    // At once, while it still boots: it hears a later press.
+    let begin = Instant::now();
+    ground.stop(&definition, StopHow::Graceful { timeout_ms: 120_000 }).unwrap();
+    let log = std::fs::read_to_string(ground.host.console_log(&vm_name(&definition))).unwrap();
+    let exit = ground.vm("web").exit.expect("it ended by itself");
+    assert_eq!(exit.reason, ExitReason::GuestPowerOff, "after {:?}: {log}", begin.elapsed());
+    assert!(link("tap0").up && link("tap0").master == Some(name("br0")));
+}
