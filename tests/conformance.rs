@@ -91,7 +91,12 @@ impl Pair {
             }
         }
         for (name, vm) in snapshot.vms.unwrap() {
-            lines.push(format!("vm {name}: {:?} runs {} held {}", vm.definition, vm.process.is_some(), vm.held));
+            lines.push(format!(
+                "vm {name}: {:?} runs {} held {}",
+                vm.definition,
+                vm.process.is_some(),
+                vm.held
+            ));
         }
         lines.join("\n")
     }
@@ -127,7 +132,8 @@ fn definition(memory_mib: u64) -> VmDefinition {
 
 /// Every step that both can do, over few names, so that they meet again and again.
 fn any_step(pool: PathBuf) -> impl Strategy<Value = Step> {
-    let mark = prop::sample::select(vec!["br0", "br1", "br2"]).prop_map(|owner| host::mark(Kind::Bridge, owner));
+    let mark =
+        prop::sample::select(vec!["br0", "br1", "br2"]).prop_map(|owner| host::mark(Kind::Bridge, owner));
     let link = prop::sample::select(vec!["br0", "br1", "br2"]);
     let change = prop_oneof![
         (1300u32..1500).prop_map(LinkChange::Mtu),

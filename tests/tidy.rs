@@ -13,13 +13,32 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     // Kinds are knowledge: no look at the real host, no plan, no file.
     (
         "src/kinds/",
-        &["name", "kinds", "vmm::config", "vmm::protocol", "host::snapshot", "host::step", "host::error", "host::Step"],
+        &[
+            "name",
+            "kinds",
+            "vmm::config",
+            "vmm::protocol",
+            "host::snapshot",
+            "host::step",
+            "host::error",
+            "host::Step",
+        ],
     ),
     ("src/load/", &["name", "kinds", "load"]),
     ("src/resolve/", &["name", "kinds", "resolve", "host::Scope"]),
     (
         "src/plan/",
-        &["name", "kinds", "resolve", "plan", "host::snapshot", "host::step", "host::Step", "host::Snapshot", "vmm::config"],
+        &[
+            "name",
+            "kinds",
+            "resolve",
+            "plan",
+            "host::snapshot",
+            "host::step",
+            "host::Step",
+            "host::Snapshot",
+            "vmm::config",
+        ],
     ),
     ("src/execute/", &["name", "kinds", "plan", "execute", "host::"]),
     ("src/report/", &["name", "kinds", "plan", "execute", "report"]),
@@ -27,7 +46,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
 ];
 
 /// Pure rooms: they decide, and so must not reach the world.
-const PURE: &[&str] = &["src/name.rs", "src/kinds/", "src/resolve/", "src/plan/", "src/execute/", "src/report/"];
+const PURE: &[&str] =
+    &["src/name.rs", "src/kinds/", "src/resolve/", "src/plan/", "src/execute/", "src/report/"];
 
 /// Where `unsafe` may stand.
 const MAY_BE_UNSAFE: &[&str] = &["src/vmm/", "src/host/"];
@@ -85,7 +105,8 @@ fn imports(code: &str) -> Vec<String> {
             found.push(item.trim().to_owned());
             continue;
         }
-        let path: String = rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_' || *c == ':').collect();
+        let path: String =
+            rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_' || *c == ':').collect();
         // `host::{Step, Snapshot}` names two things of one room.
         match path.strip_suffix("::").and_then(|room| Some((room, rest[path.len()..].strip_prefix('{')?))) {
             Some((room, group)) => {
@@ -110,7 +131,7 @@ fn rooms_import_only_what_is_below_them() {
                 let prefix = prefix.trim_end_matches("::");
                 import == prefix || import.starts_with(&format!("{prefix}::"))
             };
-            if !allowed.iter().any(|prefix| fits(&prefix)) {
+            if !allowed.iter().any(|prefix| fits(prefix)) {
                 breaches.push(format!("{name} imports crate::{import}"));
             }
         }
@@ -120,13 +141,24 @@ fn rooms_import_only_what_is_below_them() {
 
 #[test]
 fn pure_rooms_do_no_input_or_output() {
-    let reach = ["std::fs", "std::process", "std::env", "std::net::Tcp", "std::net::Udp", "rustix::", "libc::", "println!"];
+    let reach = [
+        "std::fs",
+        "std::process",
+        "std::env",
+        "std::net::Tcp",
+        "std::net::Udp",
+        "rustix::",
+        "libc::",
+        "println!",
+    ];
     let mut breaches = Vec::new();
     for (name, code) in sources() {
         if !PURE.iter().any(|room| name.starts_with(room)) {
             continue;
         }
-        breaches.extend(reach.iter().filter(|word| code.contains(**word)).map(|word| format!("{name} uses {word}")));
+        breaches.extend(
+            reach.iter().filter(|word| code.contains(**word)).map(|word| format!("{name} uses {word}")),
+        );
     }
     assert!(breaches.is_empty(), "{breaches:#?}");
 }
