@@ -54,7 +54,10 @@ pub fn power(name: &ObjectName, set: &SetName, power: Power, snapshot: &Snapshot
     };
     match done {
         Ok(action) => action.finish(),
-        Err((action, blocker)) => action.blocked(blocker),
+        Err(refused) => {
+            let (action, blocker) = *refused;
+            action.blocked(blocker)
+        }
     }
 }
 
@@ -66,7 +69,7 @@ struct Work<'a> {
     snapshot: &'a Snapshot,
 }
 
-type Done = Result<Action, (Action, Blocker)>;
+type Done = Result<Action, Box<(Action, Blocker)>>;
 
 impl Work<'_> {
     fn start(mut self) -> Done {
@@ -79,14 +82,14 @@ impl Work<'_> {
             }
             Some(Err(error)) => {
                 let blocker = Blocker::new(format!("its process doesn't answer: {error}"));
-                Err((self.action, blocker.hint(format!("`vmctl stop --force {}` ends it", self.name))))
+                Err(Box::new((self.action, blocker.hint(format!("`vmctl stop --force {}` ends it", self.name)))))
             }
             None => match self.launch() {
                 Ok(()) => {
                     self.phase("Stopped", "Running", Impact::Live);
                     Ok(self.action)
                 }
-                Err(blocker) => Err((self.action, blocker)),
+                Err(blocker) => Err(Box::new((self.action, blocker))),
             },
         }
     }
@@ -125,7 +128,7 @@ impl Work<'_> {
                 self.action.verb(Verb::Restart, "");
                 Ok(self.action)
             }
-            Err(blocker) => Err((self.action, blocker)),
+            Err(blocker) => Err(Box::new((self.action, blocker))),
         }
     }
 
