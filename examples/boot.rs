@@ -8,6 +8,9 @@
 //!   --disk NAME=FILE[:raw|:qcow2]   --tap NAME=TAP=MAC
 //!   --until TEXT    stop once the console shows TEXT, and say how long that took
 //!   --type TEXT     type it once --until was seen, then wait for the end
+//!   --then TEXT     wait for TEXT before the next --type; may be repeated with it
+//!   --power-button  press the power button once --until was seen
+//!   --timeout S     of each wait    --quiet   don't show the console
 //!   --repeat N      boot so many times, print each time
 //!   --program FILE  the vmctl-vmm to start (default: beside this program's folder)
 //! ```
@@ -32,7 +35,9 @@ struct Options {
     disks: Vec<String>,
     taps: Vec<String>,
     until: Option<String>,
-    typed: Option<String>,
+    /// What to wait for and what to type then.
+    typed: Vec<(Option<String>, String)>,
+    then: Option<String>,
     repeat: usize,
     timeout_s: u64,
     quiet: bool,
@@ -63,7 +68,11 @@ fn options() -> Options {
             "--disk" => options.disks.push(value()),
             "--tap" => options.taps.push(value()),
             "--until" => options.until = Some(value()),
-            "--type" => options.typed = Some(value()),
+            "--type" => {
+                let text = value();
+                options.typed.push((options.then.take(), text));
+            }
+            "--then" => options.then = Some(value()),
             "--repeat" => options.repeat = value().parse().unwrap(),
             "--timeout" => options.timeout_s = value().parse().unwrap(),
             "--program" => options.program = value().into(),
@@ -134,10 +143,16 @@ fn boot(options: &Options) {
         vm.control().command(&vmctl::vmm::protocol::Verb::PowerButton).unwrap();
         std::thread::sleep(Duration::from_secs(2));
     }
-    if let Some(text) = &options.typed {
+    for (wanted, text) in &options.typed {
+        if let Some(wanted) = wanted {
+            let seen = console.expect_within(wanted, timeout);
+            if !options.quiet {
+                print!("{seen}");
+            }
+        }
         console.type_in(&text.replace("\\n", "\n"));
     }
-    if options.typed.is_some() || options.power_button || options.until.is_none() {
+    if !options.typed.is_empty() || options.power_button || options.until.is_none() {
         let deadline = Instant::now() + timeout;
         let mut buffer = [0; 4096];
         while Instant::now() < deadline {

@@ -13,7 +13,7 @@ fn document(index: usize) -> String {
         0 => ("Bridge", "mtu: 1500\n  vlanFiltering: true\n  ports:\n    - interface: eth1\n      pvid: 10\n      tagged: [20, 30]".to_owned()),
         1 => ("Vlan", format!("parent: eth0\n  id: {}\n  interfaceName: v{index}\n  bridge: o{}", index % 4000 + 1, index - 1)),
         2 => ("StoragePool", format!("directory:\n    path: /var/lib/vmctl/p{index}")),
-        3 => ("Image", format!("pool: o{}\n  source: {{path: /srv/{index}.qcow2}}\n  sha256: {index:064x}\n  format: qcow2", index - 1)),
+        3 => ("Image", format!("pool: o{}\n  source: {{path: /srv/{index}.qcow2}}\n  sha256: \"{index:064x}\"\n  format: qcow2", index - 1)),
         4 => ("Volume", format!("pool: o{}\n  format: qcow2\n  capacity: 20Gi\n  source:\n    image: o{}", index - 2, index - 1)),
         _ => (
             "VirtualMachine",

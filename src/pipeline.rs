@@ -23,8 +23,15 @@ pub struct Declaration {
 
 /// Every problem of a source. Nothing of it is applied.
 #[derive(Debug, thiserror::Error)]
-#[error("{} problem(s) in the manifests", .0.iter().filter(|problem| problem.is_error()).count())]
+#[error("the manifests have {}", problems(.0))]
 pub struct Invalid(pub Vec<Diagnostic>);
+
+fn problems(diagnostics: &[Diagnostic]) -> String {
+    match diagnostics.iter().filter(|diagnostic| diagnostic.is_error()).count() {
+        1 => "a problem".to_owned(),
+        count => format!("{count} problems"),
+    }
+}
 
 /// From loaded manifests to what is desired, or every problem at once.
 pub fn declare(set: SetName, loaded: Loaded) -> Result<Declaration, Invalid> {

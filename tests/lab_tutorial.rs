@@ -16,6 +16,8 @@ const ALL_VMS: [&str; 3] = ["vm1", "vm2", "vm3"];
 
 /// Captures on an interface while `act` runs.
 fn capture(place: &str, filter: &str, act: impl FnOnce()) -> String {
+    // What an earlier capture said must not be taken for this one's.
+    run("rm -f /tmp/capture /tmp/capture.err");
     let mut tcpdump = std::process::Command::new("sh")
         .args(["-c", &format!("exec {place} tcpdump -U -nnel {filter} >/tmp/capture 2>/tmp/capture.err")])
         .spawn()

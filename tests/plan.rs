@@ -98,18 +98,18 @@ fn drift_is_named_exactly_and_healed_exactly() {
         &host,
         &prune(),
         expect![[r#"
-            +   Bridge/brvlan10     bridge, mtu 1500
-            ~   Vlan/eth0-10
-                  bridge: none → brvlan10  (live)
-            ~   Vlan/eth0-20
-                  mtu: 1400 → 1500  (live)
-            ~   VirtualMachine/vm1
-                  interfaces[net0].bridge: none → brvlan10  (live)
-            ~   VirtualMachine/vm2  not running
-                  status.phase: Stopped → Running  (live)
-                  interfaces[net0].bridge: none → brvlan10  (live)
-            ~   VirtualMachine/vm3
-                  interfaces[net0].bridge: none → brvlan20  (live)
+            + Bridge/brvlan10     bridge, mtu 1500
+            ~ Vlan/eth0-10        eth0.10 on eth0, VLAN 10, port of brvlan10
+                  bridge  none → brvlan10  live
+            ~ Vlan/eth0-20        eth0.20 on eth0, VLAN 20, port of brvlan20
+                  mtu  1400 → 1500  live
+            ~ VirtualMachine/vm1  1 vCPU, 256Mi, 2 disks, 1 NIC
+                  interfaces[net0].bridge  none → brvlan10  live
+            ~ VirtualMachine/vm2  not running
+                  status.phase             Stopped → Running  live
+                  interfaces[net0].bridge  none → brvlan10    live
+            ~ VirtualMachine/vm3  1 vCPU, 256Mi, 2 disks, 1 NIC
+                  interfaces[net0].bridge  none → brvlan20  live
             Plan: 1 to create, 5 to update live. Downtime: none.
         "#]],
     );
@@ -124,8 +124,8 @@ fn a_deleted_tap_is_given_back_to_the_running_guest() {
         &host,
         &prune(),
         expect![[r#"
-            ~   VirtualMachine/vm1
-                  interfaces[net0].tap: none → vm1.net0  (live)
+            ~ VirtualMachine/vm1  1 vCPU, 256Mi, 2 disks, 1 NIC
+                  interfaces[net0].tap  none → vm1.net0  live
             Plan: 1 to update live. Downtime: none.
         "#]],
     );
@@ -141,8 +141,8 @@ fn memory_is_staged_unless_a_restart_is_allowed() {
         &host,
         &prune(),
         expect![[r#"
-            ~   VirtualMachine/vm1  staged: restartPolicy is Never
-                  memory: 256Mi → 512Mi  (staged)
+            ~ VirtualMachine/vm1  staged: restartPolicy is Never
+                  memory  256Mi → 512Mi  staged
             Plan: 1 staged. Downtime: none.
         "#]],
     );
@@ -151,7 +151,7 @@ fn memory_is_staged_unless_a_restart_is_allowed() {
         &host,
         &prune(),
         expect![[r#"
-                VirtualMachine/vm1  1 vCPU, 512Mi, 2 disks, 1 NIC
+              VirtualMachine/vm1  1 vCPU, 512Mi, 2 disks, 1 NIC
                   note: memory 512Mi takes effect at the next start
             No differences (15 objects).
         "#]],
@@ -162,8 +162,8 @@ fn memory_is_staged_unless_a_restart_is_allowed() {
         &host,
         &prune(),
         expect![[r#"
-            ~   VirtualMachine/vm1  the guest must restart for this, and restartPolicy allows it
-                  memory: 256Mi → 512Mi  (restart)
+            ~ VirtualMachine/vm1  the guest must restart for this, and restartPolicy allows it
+                  memory  256Mi → 512Mi  restart
             Plan: 1 to restart. Downtime: vm1 restart.
         "#]],
     );
@@ -179,8 +179,8 @@ fn a_volume_grows_live_and_never_shrinks() {
         &host,
         &prune(),
         expect![[r#"
-            ~   Volume/vm1-root
-                  capacity: 2Gi → 4Gi  (live)
+            ~ Volume/vm1-root  qcow2 4Gi in pool default, overlay on image linux
+                  capacity  2Gi → 4Gi  live
             Plan: 1 to update live. Downtime: none.
         "#]],
     );
@@ -190,8 +190,8 @@ fn a_volume_grows_live_and_never_shrinks() {
         &host,
         &prune(),
         expect![[r#"
-            !   Volume/vm1-root  blocked: capacity 4Gi → 1Gi: a volume never shrinks, for what lies beyond would be lost
-                  capacity: 4Gi → 1Gi  (DATA LOSS)
+            ! Volume/vm1-root  blocked: capacity 4Gi → 1Gi: a volume never shrinks, for what lies beyond would be lost
+                  capacity  4Gi → 1Gi  DATA LOSS
                   hint: declare `capacity: 4Gi`, or copy the data to a new volume
             Plan: 1 blocked. Downtime: none.
         "#]],
@@ -211,11 +211,11 @@ fn a_nic_moves_live_and_a_vm_goes_while_its_volumes_stay() {
         &host,
         &prune(),
         expect![[r#"
-            -   VirtualMachine/vm3  delete: declared no more; its volumes are objects of their own
-            .   Volume/vm3-data     retain: declared no more; the data stays where it is
-            .   Volume/vm3-root     retain: declared no more; the data stays where it is
-            ~   VirtualMachine/vm2
-                  interfaces[net0].bridge: brvlan10 → brvlan20  (live)
+            - VirtualMachine/vm3  delete: declared no more; its volumes are objects of their own
+            . Volume/vm3-data     retain: declared no more; the data stays where it is
+            . Volume/vm3-root     retain: declared no more; the data stays where it is
+            ~ VirtualMachine/vm2  1 vCPU, 256Mi, 2 disks, 1 NIC
+                  interfaces[net0].bridge  brvlan10 → brvlan20  live
             Plan: 1 to update live, 1 to delete, 2 retained. Downtime: none.
         "#]],
     );
@@ -240,12 +240,12 @@ fn a_renamed_bridge_takes_its_ports_along() {
         &host,
         &prune(),
         expect![[r#"
-            +   Bridge/servers      bridge, mtu 1500
-            ~   Vlan/eth0-20
-                  bridge: brvlan20 → servers  (live)
-            ~   VirtualMachine/vm3
-                  interfaces[net0].bridge: brvlan20 → servers  (live)
-            -   Bridge/brvlan20     delete: carries the set's mark and is declared no more
+            + Bridge/servers      bridge, mtu 1500
+            ~ Vlan/eth0-20        eth0.20 on eth0, VLAN 20, port of servers
+                  bridge  brvlan20 → servers  live
+            ~ VirtualMachine/vm3  1 vCPU, 256Mi, 2 disks, 1 NIC
+                  interfaces[net0].bridge  brvlan20 → servers  live
+            - Bridge/brvlan20     delete: carries the set's mark and is declared no more
             Plan: 1 to create, 2 to update live, 1 to delete. Downtime: none.
         "#]],
     );
@@ -264,8 +264,8 @@ fn an_object_renamed_over_the_same_interface_keeps_it() {
         &host,
         &prune(),
         expect![[r#"
-            ~   Bridge/servers
-                  metadata.name: Bridge/brvlan20 → Bridge/servers  (live)
+            ~ Bridge/servers  bridge, mtu 1500
+                  metadata.name  Bridge/brvlan20 → Bridge/servers  live
             Plan: 1 to update live. Downtime: none.
         "#]],
     );
@@ -282,8 +282,8 @@ fn a_renamed_vm_hands_its_disks_over() {
         &host,
         &prune(),
         expect![[r#"
-            -   VirtualMachine/vm1  delete: declared no more; its volumes are objects of their own
-            +   VirtualMachine/web  1 vCPU, 256Mi, 2 disks, 1 NIC
+            - VirtualMachine/vm1  delete: declared no more; its volumes are objects of their own
+            + VirtualMachine/web  1 vCPU, 256Mi, 2 disks, 1 NIC
             Plan: 1 to create, 1 to delete. Downtime: none.
         "#]],
     );
@@ -374,7 +374,7 @@ fn an_unmarked_link_is_adopted_only_if_it_is_what_is_declared() {
         &host,
         &prune(),
         expect![[r#"
-            =   Bridge/br0  adopt: br0 exists and already is what is declared
+            = Bridge/br0  adopt: br0 exists and already is what is declared
             Plan: 1 to adopt. Downtime: none.
         "#]],
     );
@@ -388,8 +388,8 @@ fn an_unmarked_link_is_adopted_only_if_it_is_what_is_declared() {
         &host,
         &prune(),
         expect![[r#"
-            !   Bridge/br0  blocked: br0 exists, is not vmctl's, and differs from what is declared (mtu)
-                  mtu: 1500 → 9000  (live)
+            ! Bridge/br0  blocked: br0 exists, is not vmctl's, and differs from what is declared (mtu)
+                  mtu  1500 → 9000  live
                   hint: make the manifest say what br0 is, or choose another `interfaceName`
             Plan: 1 blocked. Downtime: none.
         "#]],

@@ -19,7 +19,8 @@ use super::session::Session;
 use super::{diff, interrupt};
 use crate::execute::{Outcome, Outcomes};
 use crate::host::snapshot::Snapshot;
-use crate::host::{Host, Scope};
+use crate::host::step::StopHow;
+use crate::host::{Host, Scope, Step};
 use crate::load::Diagnostic;
 use crate::pipeline::{self, Declaration};
 use crate::plan::{Plan, Policy, Removal, Summary, plan};
@@ -98,7 +99,7 @@ pub struct PolicyArgs {
     approve: Option<String>,
 }
 
-fn parse_hash(text: &str) -> std::result::Result<String, String> {
+pub fn parse_hash(text: &str) -> std::result::Result<String, String> {
     if text.len() >= 8 && text.len() <= 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
         Ok(text.to_ascii_lowercase())
     } else {
@@ -139,6 +140,8 @@ pub struct Task<'a> {
     pub output: Format,
     /// What others are told while we hold the lock.
     pub command: &'a str,
+    /// How VMs are stopped, if not as the plan has it.
+    pub stop: Option<StopHow>,
 }
 
 /// What came of a run.
@@ -182,6 +185,7 @@ impl Command {
             lock_timeout: self.lock_timeout,
             output: self.output,
             command: "vmctl apply",
+            stop: None,
         };
         let deadline = self.wait.then(|| Instant::now() + self.timeout);
         task.perform(session, &host, deadline)
@@ -253,10 +257,22 @@ fn print_obstacles(session: &Session, plan: &Plan, silent: bool) {
 }
 
 impl Task<'_> {
+    fn plan(&self, snapshot: &Snapshot) -> Plan {
+        let mut plan = plan(self.desired, snapshot, self.policy);
+        if let Some(wanted) = self.stop {
+            for step in plan.actions.iter_mut().flat_map(|action| &mut action.steps) {
+                if let Step::StopVm { how, .. } = step {
+                    *how = wanted;
+                }
+            }
+        }
+        plan
+    }
+
     /// All of it: plan, run, wait, report.
     pub fn perform(&self, session: &Session, host: &dyn Host, deadline: Option<Instant>) -> Result {
         let scope = self.desired.scope();
-        let first = plan(self.desired, &host.snapshot(&scope), self.policy);
+        let first = self.plan(&host.snapshot(&scope));
         if self.dry_run {
             print_plan(session, self.output, &first, self.warnings)?;
             return Ok(Exit::Ok);
@@ -297,7 +313,7 @@ impl Task<'_> {
         let scope = self.desired.scope();
         let mut run = Run::default();
         for _ in 0..ROUNDS_MAX {
-            let plan = plan(self.desired, &host.snapshot(&scope), self.policy);
+            let plan = self.plan(&host.snapshot(&scope));
             if !plan.has_steps() {
                 run.remaining = (!plan.is_empty()).then_some(plan.clone());
                 run.first.get_or_insert(plan);
@@ -315,7 +331,7 @@ impl Task<'_> {
                 break;
             }
         }
-        let plan = plan(self.desired, &host.snapshot(&scope), self.policy);
+        let plan = self.plan(&host.snapshot(&scope));
         run.remaining = (!plan.is_empty()).then_some(plan);
         Ok((run, false))
     }
@@ -333,7 +349,7 @@ impl Task<'_> {
         let mut run = Run::default();
         loop {
             let snapshot = host.snapshot(&scope);
-            let plan = plan(self.desired, &snapshot, self.policy);
+            let plan = self.plan(&snapshot);
             if plan.has_steps() {
                 let (round, _) = self.converge(session, host, cancel, live)?;
                 run.absorb(round);

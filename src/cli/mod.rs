@@ -3,18 +3,33 @@
 //! Nothing is decided here about the host: that is `plan`'s. What a command changes, it changes through
 //! plans and their steps.
 
+mod agent;
 mod apply;
 mod args;
+mod check;
 mod completion;
+mod console;
+mod delete;
+mod describe;
 mod diff;
+mod direct;
 mod error;
 mod exit;
+mod explain;
+mod get;
 mod interrupt;
+mod logs;
+mod objects;
 mod output;
+mod power;
 mod progress;
+mod restart;
 mod saved_plan;
+mod schema;
 mod selector;
 mod session;
+mod start;
+mod stop;
 mod validate;
 mod version;
 
@@ -23,6 +38,7 @@ use std::process::ExitCode;
 
 use clap::{ColorChoice, CommandFactory, FromArgMatches, Parser, Subcommand};
 
+use args::Format;
 use error::CliError;
 use exit::Exit;
 use session::{GlobalArgs, Session};
@@ -42,6 +58,18 @@ enum Command {
     Apply(apply::Command),
     Diff(diff::Command),
     Validate(validate::Command),
+    Get(get::Command),
+    Describe(describe::Command),
+    Delete(delete::Command),
+    Start(start::Command),
+    Stop(stop::Command),
+    Restart(restart::Command),
+    Console(console::Command),
+    Logs(logs::Command),
+    Agent(agent::Command),
+    Explain(explain::Command),
+    Schema(schema::Command),
+    Check(check::Command),
     Completion(completion::Command),
     Version(version::Command),
 }
@@ -54,11 +82,23 @@ impl Command {
     /// Whether errors are JSON, as results are.
     fn is_json(&self) -> bool {
         match self {
-            Self::Apply(command) => command.output == args::Format::Json,
+            Self::Apply(command) => command.output == Format::Json,
             Self::Diff(command) => command.output == diff::Format::Json,
-            Self::Validate(command) => command.output == args::Format::Json,
-            Self::Version(command) => command.output == args::Format::Json,
-            Self::Completion(_) => false,
+            Self::Validate(command) => command.output == Format::Json,
+            Self::Get(command) => command.output == get::Format::Json,
+            Self::Delete(command) => command.output == Format::Json,
+            Self::Start(command) => command.vms.output == Format::Json,
+            Self::Stop(command) => command.vms.output == Format::Json,
+            Self::Restart(command) => command.vms.output == Format::Json,
+            Self::Explain(command) => command.output == Format::Json,
+            Self::Check(command) => command.output == Format::Json,
+            Self::Version(command) => command.output == Format::Json,
+            Self::Describe(_)
+            | Self::Console(_)
+            | Self::Logs(_)
+            | Self::Agent(_)
+            | Self::Schema(_)
+            | Self::Completion(_) => false,
         }
     }
 
@@ -67,6 +107,18 @@ impl Command {
             Self::Apply(command) => command.run(session),
             Self::Diff(command) => command.run(session),
             Self::Validate(command) => command.run(session),
+            Self::Get(command) => command.run(session),
+            Self::Describe(command) => command.run(session),
+            Self::Delete(command) => command.run(session),
+            Self::Start(command) => command.run(session),
+            Self::Stop(command) => command.run(session),
+            Self::Restart(command) => command.run(session),
+            Self::Console(command) => command.run(session),
+            Self::Logs(command) => command.run(session),
+            Self::Agent(command) => command.run(session),
+            Self::Explain(command) => command.run(session),
+            Self::Schema(command) => command.run(session),
+            Self::Check(command) => command.run(session),
             Self::Completion(command) => command.run(session),
             Self::Version(command) => command.run(session),
         }

@@ -128,11 +128,13 @@ impl Reader<'_> {
     /// All fields that every manifest has and this one lacks, as one problem: most often the text is no
     /// manifest at all.
     fn missing_fields(&mut self, entries: &[Entry<'_>], place: Span) {
-        let lacks = |name: &&str| {
+        let mut missing: Vec<&str> =
+            FIELDS.into_iter().filter(|name| find(entries, name).is_none()).collect();
+        // Looked for only where something is missing: distances between names take time.
+        missing.retain(|name| {
             let misspelt = |entry: &Entry<'_>| suggest::nearest(&entry.key, FIELDS) == Some(*name);
-            !entries.iter().any(|entry| entry.key == *name || misspelt(entry))
-        };
-        let missing: Vec<&str> = FIELDS.into_iter().filter(lacks).collect();
+            !entries.iter().any(misspelt)
+        });
         let kind = find(entries, "kind").and_then(|entry| text_of(&entry.value));
         let hint = match missing[..] {
             [] => return,

@@ -2,10 +2,12 @@
 //! that it could not read that it could not, never that it isn't there.
 //!
 //! A directory is opened once and everything in it is reached through that descriptor: when a published
-//! symlink is swapped meanwhile (git-sync), the tree that was opened is read to its end. Links are
-//! followed as long as they stay within the directory (Kubernetes' AtomicWriter: `a.yaml` →
-//! `..data/a.yaml`). At the end everything is looked at once more: what changed while it was read is
-//! read again, a few times, and then reported. So a load is of one moment, or it is incomplete.
+//! symlink is swapped meanwhile (git-sync), files of two trees are never mixed. Links are followed as
+//! long as they stay within the directory (Kubernetes' AtomicWriter: `a.yaml` → `..data/a.yaml`). At the
+//! end everything is looked at once more, the path of the directory too: what changed while it was read
+//! is read again, a few times, and then reported. So a load is of one moment, or it is incomplete. What
+//! no single look can tell is whether somebody is in the middle of writing or removing files one by one;
+//! that is why the agent waits until two looks agree.
 
 use std::collections::BTreeSet;
 use std::ffi::{CStr, OsStr};
@@ -231,6 +233,9 @@ impl Reader<'_> {
             now.is_ok_and(|stat| Identity::of(&stat) == *identity)
         };
         tree.unsteady |= !tree.opened.iter().all(still);
+        // A link that was swapped: its old tree may have been half removed when it was listed.
+        let now = rustix::fs::stat(path)?;
+        tree.unsteady |= (now.st_dev, now.st_ino) != (after.st_dev, after.st_ino);
         Ok(())
     }
 

@@ -116,7 +116,7 @@ fn a_published_link_that_is_swapped_gives_one_revision() {
             fs::rename(scratch.0.join("next"), &link).unwrap();
         }
     });
-    assert_eq!(texts(&sources), ["one", "one"]);
+    assert_eq!(texts(&sources), ["two", "two"], "what is published now, and all of it");
     assert!(sources.problems.is_empty());
 }
 

@@ -1,6 +1,7 @@
 //! What people and programs are shown of plans and outcomes. Text for the former, JSON for the latter.
 
 pub mod text;
+pub mod units;
 pub mod yaml_diff;
 
 use serde::Serialize;

@@ -98,15 +98,16 @@ fn actions<'a>(shown: impl Iterator<Item = &'a Action>, style: Style) -> String 
     let shown: Vec<&Action> = shown.collect();
     let columns = |action: &&Action| action.object.to_string().len();
     let names = shown.iter().map(columns).filter(|length| *length <= NAME_COLUMNS_MAX).max().unwrap_or(0);
+    let signs = shown.iter().map(|action| sign(action.verb).len()).max().unwrap_or(0);
     let mut out = String::new();
     for action in shown {
-        write_action(&mut out, action, names, style);
+        write_action(&mut out, action, (signs, names), style);
     }
     out
 }
 
-fn write_action(out: &mut String, action: &Action, names: usize, style: Style) {
-    let head = format!("{:<3} {:<names$}", sign(action.verb), action.object.to_string());
+fn write_action(out: &mut String, action: &Action, (signs, names): (usize, usize), style: Style) {
+    let head = format!("{:<signs$} {:<names$}", sign(action.verb), action.object.to_string());
     let what = headline(action);
     let room = style.width.map(|width| width.saturating_sub(head.chars().count() + 2).max(20));
     let what = cut(&what, room);

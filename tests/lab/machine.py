@@ -30,6 +30,8 @@ KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable"
 PAYLOAD_BYTES = 4 << 30
 SCRATCH_BYTES = 16 << 30
 CONSOLE_KEPT_BYTES = 64 * 1024
+# A panic with its back-trace; fewer lines would leave out the panic itself.
+CONSOLE_SHOWN_LINES = 100
 
 
 class LabError(Exception):
@@ -179,18 +181,19 @@ class Machine:
 
     def last_words(self):
         """QEMU's own complaint, or the end of the lab's console."""
+        try:
+            status = self.process.wait(15)  # to give back its memory takes a busy host seconds
+        except subprocess.TimeoutExpired:
+            status = None
         while self._read_console():
             pass
-        try:
-            status = self.process.wait(2)
-        except subprocess.TimeoutExpired:
-            return "QEMU runs but does not answer"
         if status:
             self.complaints.seek(0)
             lines = [line for line in self.complaints.read().decode(errors="replace").splitlines() if "warning:" not in line]
             return f"QEMU ended with status {status}\n" + "\n".join(lines)
-        lines = self.console_log.decode(errors="replace").splitlines()[-40:]
-        return "\n".join(["it shut down or crashed; the end of its console:", *lines])
+        cause = "QEMU does not answer" if status is None else "it shut down or crashed"
+        lines = self.console_log.decode(errors="replace").splitlines()[-CONSOLE_SHOWN_LINES:]
+        return "\n".join([f"{cause}; the end of its console:", *lines])
 
     def registers(self):
         """What a hung machine was doing, as far as QEMU itself still answers."""

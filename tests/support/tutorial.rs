@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use vmctl::vmm::client::{Console, Control};
 
 /// A guest under nested emulation takes seconds to boot, and minutes when the machine is busy.
-const GUEST_PATIENCE: Duration = Duration::from_secs(120);
+const GUEST_PATIENCE: Duration = Duration::from_secs(90);
 
 /// Runs a command and panics with all that it said if it fails.
 #[track_caller]
@@ -178,7 +178,14 @@ impl Guest {
             {
                 return (status.parse().unwrap(), output.replace('\r', "").trim().to_owned());
             }
-            assert!(Instant::now() < deadline, "{}: `{command}` didn't end:\n{}", self.name, self.seen);
+            if Instant::now() >= deadline {
+                let before = self.seen.clone();
+                // Whether the guest is dead or just its serial line: what is typed wakes the line.
+                self.console.write(b"\n").unwrap();
+                (0..10).for_each(|_| self.read(Duration::from_millis(500)));
+                let woken = &self.seen[before.len()..];
+                panic!("{}: `{command}` didn't end:\n{before}\nand after a key: `{woken}`", self.name);
+            }
             self.read(Duration::from_millis(200));
         }
     }

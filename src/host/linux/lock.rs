@@ -3,11 +3,12 @@
 
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, Write as _};
-use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
+
+use super::ofd::{self, Lock};
 
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// The longest holder's record, in bytes.
@@ -67,7 +68,7 @@ impl HostLock {
             .open(&path)
             .map_err(failed)?;
         let deadline = Instant::now() + wait;
-        while !try_lock(&file).map_err(failed)? {
+        while !ofd::try_lock(&file, Lock::Exclusive).map_err(|errno| failed(errno.into()))? {
             if Instant::now() >= deadline {
                 let holder = read_holder(&mut file);
                 return Err(LockError::Locked { path, holder });
@@ -97,28 +98,6 @@ impl Drop for HostLock {
         // The name goes first: nobody is told of a holder that is gone. Failure leaves a stale name in
         // an unlocked file, which nobody reads.
         let _ = self.file.set_len(0);
-    }
-}
-
-/// `false`: another open file description holds it.
-fn try_lock(file: &File) -> io::Result<bool> {
-    let lock = libc::flock {
-        l_type: libc::F_WRLCK as libc::c_short,
-        l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: 0,
-        l_len: 0,
-        // Must be zero for OFD locks.
-        l_pid: 0,
-    };
-    // SAFETY: the descriptor is open for the length of the borrow, and the kernel only reads `lock`,
-    // which lives until the call returns.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) } == 0 {
-        return Ok(true);
-    }
-    let error = io::Error::last_os_error();
-    match error.raw_os_error() {
-        Some(libc::EAGAIN | libc::EACCES) => Ok(false),
-        _ => Err(error),
     }
 }
 

@@ -12,6 +12,7 @@ pub mod link_steps;
 pub mod links;
 pub mod lock;
 mod netlink;
+mod ofd;
 pub mod signals;
 pub mod storage;
 mod tap;

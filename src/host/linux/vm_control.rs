@@ -115,6 +115,7 @@ fn undefine(place: &VmPlace, vm: &ObjectName, mark: &Mark) -> Result<(), StepErr
     if place.definition().map_err(|error| failed(&error))?.is_some() {
         require_definition(place, mark, &what)?;
     }
+    vm_process::settle(place).map_err(|error| failed(&error))?;
     if let Some(directory) = place.socket_directory().map_err(|error| failed(&error))? {
         match vm_process::connect(&directory, LOOK_TIMEOUT) {
             Ok(None) => {}
@@ -129,6 +130,7 @@ fn stop(place: &VmPlace, vm: &ObjectName, mark: &Mark, how: StopHow) -> Result<(
     let what = || format!("stop the VM {vm}");
     let failed = |error: &dyn ToString| StepError::failed(what(), error.to_string());
     let Some(directory) = place.socket_directory().map_err(|error| failed(&error))? else { return Ok(()) };
+    vm_process::settle(place).map_err(|error| failed(&error))?;
     let found = HeldProcess::find(&directory, LOOK_TIMEOUT).map_err(|error| failed(&error))?;
     require_marks(place, &directory, found.is_some(), mark, &what)?;
     if let Some(process) = found {

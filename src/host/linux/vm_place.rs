@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
+use super::ofd;
 use crate::host::snapshot::VmDefinition;
 use crate::name::ObjectName;
 use crate::vmm::protocol::ExitRecord;
@@ -161,6 +162,17 @@ impl VmPlace {
         let mut options = File::options();
         options.read(true).append(true).create(true).mode(0o600);
         options.open(&path).map_err(|error| named(&path, error))
+    }
+
+    /// Whether a process of this VM lives, or is about to: from before it is made until it is gone it
+    /// holds the lock on its console log, whether its socket answers or not.
+    pub fn has_process(&self) -> io::Result<bool> {
+        let path = self.state.join(CONSOLE_LOG);
+        match File::open(&path) {
+            Ok(file) => ofd::is_locked(&file).map_err(|errno| named(&path, errno.into())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(named(&path, error)),
+        }
     }
 
     pub fn console_log_path(&self) -> PathBuf {

@@ -23,6 +23,9 @@ use crate::vmm::protocol::VmState;
 
 /// How long a VM process may take to answer while we look at all of them.
 pub const LOOK_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a start or an end of a VM process may take: it reads a kernel, or flushes its disks.
+const SETTLE_MAX: Duration = Duration::from_secs(30);
+const SETTLE_POLL: Duration = Duration::from_millis(10);
 /// VMs asked at once: one that hangs doesn't hold up the others for long.
 const LOOKERS_MAX: usize = 16;
 
@@ -86,8 +89,27 @@ fn look_at(place: &VmPlace, name: &ObjectName) -> Option<Vm> {
     (vm.definition.is_some() || vm.process.is_some()).then_some(vm)
 }
 
+/// Waits while a process of the VM lives and can't be talked to: it is being started, perhaps by a run
+/// that was killed, or it is ending. Nothing may be decided in between.
+pub fn settle(place: &VmPlace) -> Result<(), LookError> {
+    let deadline = Instant::now() + SETTLE_MAX;
+    while place.has_process()? {
+        if let Some(directory) = place.socket_directory()?
+            && connect(&directory, LOOK_TIMEOUT)?.is_some()
+        {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            return Err(LookError::Unsettled { seconds: SETTLE_MAX.as_secs() });
+        }
+        std::thread::sleep(SETTLE_POLL);
+    }
+    Ok(())
+}
+
 fn ask(place: &VmPlace) -> Result<Option<VmProcess>, LookError> {
     let Some(directory) = place.socket_directory()? else { return Ok(None) };
+    settle(place)?;
     // It may end between the connection and the answer; then the next connection says so.
     for _ in 0..2 {
         let Some(control) = connect(&directory, LOOK_TIMEOUT)? else { return Ok(None) };
@@ -122,6 +144,8 @@ pub enum LookError {
     Io(#[from] io::Error),
     #[error("{}", chain(.0))]
     Control(#[from] ControlError),
+    #[error("a process of it has been starting or ending for {seconds} s")]
+    Unsettled { seconds: u64 },
     #[error("the process {pid} holds its socket and gave no answer within {seconds} s")]
     Silent { pid: i32, seconds: u64 },
 }

@@ -10,6 +10,7 @@ use sha2::Digest as _;
 
 use super::links;
 use super::netlink::Netlink;
+use super::ofd::{self, Lock};
 use super::storage;
 use super::tap::{self, AttachError};
 use super::vm_place::VmPlace;
@@ -45,6 +46,7 @@ pub fn start(
     let failed = |error: &dyn ToString| StepError::failed(what(), error.to_string());
     require_definition(place, &definition.mark, &what)?;
     let directory = place.make_socket_directory().map_err(|error| failed(&error))?;
+    vm_process::settle(place).map_err(|error| failed(&error))?;
     if let Some(control) = vm_process::connect(&directory, LOOK_TIMEOUT).map_err(|error| failed(&error))? {
         let state = control.state().map_err(|error| failed(&error))?;
         if state.config == definition.config {
@@ -55,11 +57,19 @@ pub fn start(
         return Err(StepError::Failed { what: what(), why, hint });
     }
 
+    // Held by the VM process for as long as it lives: no second one is made, whatever kills us.
+    let console_log = place.console_log().map_err(|error| failed(&error))?;
+    match ofd::try_lock(&console_log, Lock::Exclusive) {
+        Ok(true) => {}
+        Ok(false) => return Err(failed(&"another process of it has just been started")),
+        Err(errno) => return Err(failed(&format!("lock its console log: {}", io::Error::from(errno)))),
+    }
+
     // First all that can fail without a trace.
     let (mut roles, mut fds) = open_files(&definition.config, &what)?;
     open_taps(definition, &what, &mut roles, &mut fds)?;
     roles.push(FdRole::ConsoleLog);
-    fds.push(place.console_log().map_err(|error| failed(&error))?.into());
+    fds.push(console_log.into());
     roles.push(FdRole::ExitRecord);
     fds.push(place.new_exit_record().map_err(|error| failed(&error))?.into());
     roles.push(FdRole::Control);

@@ -2,6 +2,7 @@
 
 pub mod compare;
 mod definition;
+pub mod power;
 pub mod wire;
 
 use std::path::PathBuf;

@@ -18,9 +18,9 @@ use std::time::{Duration, Instant};
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
-use super::lock::{self, Lock};
 use super::owner::{self, MarkStore, Marks};
 use crate::host::error::StepError;
+use crate::host::linux::ofd::{self, Lock};
 use crate::name::Mark;
 
 pub const PRIVATE: &str = ".vmctl";
@@ -191,7 +191,7 @@ impl PoolDirectory {
     /// Waits for the pool's lock.
     pub fn lock(&self) -> Result<PoolLock<'_>, Errno> {
         let file = self.open_lock()?;
-        lock::lock(&file, Lock::Exclusive)?;
+        ofd::lock(&file, Lock::Exclusive)?;
         Ok(PoolLock { pool: self, file })
     }
 
@@ -209,14 +209,14 @@ impl PoolDirectory {
             return Ok(());
         }
         let file = self.open_lock()?;
-        if !lock::try_lock(&file, Lock::Exclusive)? {
+        if !ofd::try_lock(&file, Lock::Exclusive)? {
             return Ok(());
         }
         let _lock = PoolLock { pool: self, file };
         for name in names {
             let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
             match rustix::fs::openat(&temporaries, &name, flags, Mode::empty()) {
-                Ok(file) if lock::try_lock(&file, Lock::Exclusive)? => {
+                Ok(file) if ofd::try_lock(&file, Lock::Exclusive)? => {
                     // Nobody's: its maker is dead.
                     match rustix::fs::unlinkat(&temporaries, &name, AtFlags::empty()) {
                         Ok(()) | Err(Errno::NOENT) => {}
@@ -252,7 +252,7 @@ impl PoolDirectory {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = File::from(rustix::fs::openat(&directory, &name, flags, FILE_MODE)?);
         let temporary = Temporary { pool: self, directory, name, file, in_place: false };
-        match lock::try_lock(&temporary.file, Lock::Exclusive)? {
+        match ofd::try_lock(&temporary.file, Lock::Exclusive)? {
             true => Ok(temporary),
             false => Err(Errno::AGAIN),
         }
@@ -373,7 +373,7 @@ pub struct PoolLock<'p> {
 
 impl Drop for PoolLock<'_> {
     fn drop(&mut self) {
-        lock::unlock(&self.file);
+        ofd::unlock(&self.file);
     }
 }
 
@@ -446,7 +446,7 @@ impl Drop for Temporary<'_> {
             // What can't be removed now is unlocked by our end and removed by a later run.
             let _ = rustix::fs::unlinkat(&self.directory, &self.name, AtFlags::empty());
         }
-        lock::unlock(&self.file);
+        ofd::unlock(&self.file);
     }
 }
 
@@ -482,7 +482,7 @@ pub struct Entry<'p> {
 
 impl Drop for Entry<'_> {
     fn drop(&mut self) {
-        lock::unlock(&self.file);
+        ofd::unlock(&self.file);
     }
 }
 
@@ -594,7 +594,7 @@ impl Entry<'_> {
 pub fn take_lock(file: &File, kind: Lock, what: &str) -> Result<(), StepError> {
     let deadline = Instant::now() + LOCK_PATIENCE;
     loop {
-        match lock::try_lock(file, kind) {
+        match ofd::try_lock(file, kind) {
             Ok(false) if Instant::now() < deadline => std::thread::sleep(LOCK_RETRY),
             result => return take_lock_result(file, result, what),
         }
@@ -606,7 +606,7 @@ fn take_lock_result(file: &File, result: Result<bool, Errno>, what: &str) -> Res
         Ok(true) => Ok(()),
         Ok(false) => Err(StepError::Failed {
             what: what.to_owned(),
-            why: format!("it is in use by {}", lock::holder(file)),
+            why: format!("it is in use by {}", ofd::holder(file)),
             hint: Some("stop what uses it, then apply again".to_owned()),
         }),
         Err(errno) => Err(StepError::failed(format!("{what}: lock it"), errno)),

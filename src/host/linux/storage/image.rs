@@ -8,11 +8,11 @@ use rustix::io::Errno;
 
 use super::copy::{self, Meter};
 use super::directory::{self, Entry, Place, PoolDirectory};
-use super::lock::{self, Lock};
 use super::owner::Marks;
 use super::space::Space;
 use super::{ProgressHook, header, scan};
 use crate::host::error::StepError;
+use crate::host::linux::ofd::{self, Lock};
 use crate::host::snapshot::ImageHeader;
 use crate::host::step::ImageFile;
 use crate::name::{Mark, Sha256};
@@ -59,7 +59,7 @@ pub fn check_image(header: &ImageHeader, declared: DiskFormat, what: &str) -> Re
 /// Opens a file outside of pools for reading; links are followed, nothing but a regular file opens.
 pub fn open_source(path: &Path, what: &str) -> Result<(File, u64), StepError> {
     let open = || -> Result<Option<(File, u64)>, Errno> {
-        if !lock::is_regular(path)? {
+        if !ofd::is_regular(path)? {
             return Ok(None);
         }
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;

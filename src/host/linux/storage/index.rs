@@ -11,8 +11,8 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::directory::{self, FILE_MODE};
-use super::lock::{self, Lock};
 use crate::host::error::{ObserveError, StepError};
+use crate::host::linux::ofd::{self, Lock};
 use crate::host::snapshot::Observed;
 use crate::name::{Mark, ObjectName};
 
@@ -124,6 +124,6 @@ pub fn forget(state_dir: &Path, pool: &ObjectName, mark: &Mark) -> Result<(), St
 fn take_lock(directory: &OwnedFd) -> Result<OwnedFd, Errno> {
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let file = rustix::fs::openat(directory, ".lock", flags, FILE_MODE)?;
-    lock::lock(&file, Lock::Exclusive)?;
+    ofd::lock(&file, Lock::Exclusive)?;
     Ok(file)
 }

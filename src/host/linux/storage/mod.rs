@@ -11,7 +11,6 @@ mod directory;
 pub mod header;
 mod image;
 mod index;
-mod lock;
 mod owner;
 mod qcow2;
 mod resize;
@@ -32,8 +31,8 @@ use rustix::io::Errno;
 
 use self::directory::PoolDirectory;
 use self::index::IndexEntry;
-use self::lock::Lock;
 use self::volume::Target;
+use super::ofd::Lock;
 use crate::host::error::{ObserveError, StepError};
 use crate::host::snapshot::{FileFacts, ImageHeader, Observed, Pool};
 use crate::host::{Scope, Step};

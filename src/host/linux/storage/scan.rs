@@ -8,9 +8,10 @@ use rustix::fs::{CWD, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
 use super::directory::{self, PRIVATE, Place};
+use super::header;
 use super::owner::{self, MarkStore, Marks};
-use super::{header, lock};
 use crate::host::error::ObserveError;
+use crate::host::linux::ofd;
 use crate::host::snapshot::{FileFacts, Observed, Pool, PoolDirectory as DirectoryFacts, PoolFile};
 use crate::name::Mark;
 
@@ -148,7 +149,7 @@ fn regular(file: impl AsFd) -> Result<Option<Stat>, Errno> {
 pub fn outside_file(path: &Path) -> Option<Observed<FileFacts>> {
     let look = || -> Result<Result<FileFacts, &'static str>, Errno> {
         // Asked first: opening a device can wait, or do something.
-        if !lock::is_regular(path)? {
+        if !ofd::is_regular(path)? {
             return Ok(Err("it is not a regular file"));
         }
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;

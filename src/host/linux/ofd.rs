@@ -58,6 +58,13 @@ pub fn try_lock(fd: impl AsFd, lock: Lock) -> Result<bool, Errno> {
     }
 }
 
+/// Whether somebody else holds a lock that keeps others from writing.
+pub fn is_locked(fd: impl AsFd) -> Result<bool, Errno> {
+    let mut record = Lock::Exclusive.record();
+    fcntl(fd.as_fd(), libc::F_OFD_GETLK, &mut record)?;
+    Ok(record.l_type != libc::F_UNLCK as libc::c_short)
+}
+
 /// Takes the lock, waiting for it.
 pub fn lock(fd: impl AsFd, lock: Lock) -> Result<(), Errno> {
     fcntl(fd.as_fd(), libc::F_OFD_SETLKW, &mut lock.record())

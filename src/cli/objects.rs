@@ -1,0 +1,419 @@
+//! The objects that a host has, found by their marks, with what is true of them now.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::host::error::ObserveError;
+use crate::host::snapshot::{Link, LinkKind, Pool, PoolFile, RunStrategy, Snapshot, VlanProtocol, Vm};
+use crate::kinds::virtual_machine::compare::owner;
+use crate::name::{Kind, LinkName, Mark, ObjectId, ObjectName, SetName};
+use crate::vmm::config::{DiskFormat, VmConfig};
+use crate::vmm::protocol::{ExitRecord, Phase};
+
+/// One object on the host.
+#[derive(Clone, Debug)]
+pub struct Object {
+    pub id: ObjectId,
+    pub set: SetName,
+    pub status: Status,
+}
+
+#[derive(Clone, Debug, Serialize)]
+#[serde(untagged)]
+pub enum Status {
+    Bridge(BridgeStatus),
+    Vlan(VlanStatus),
+    StoragePool(PoolStatus),
+    Image(ImageStatus),
+    Volume(VolumeStatus),
+    VirtualMachine(Box<VmStatus>),
+}
+
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LinkStatus {
+    pub interface: LinkName,
+    pub up: bool,
+    pub mtu: u32,
+    pub mac_address: Option<String>,
+    /// The bridge that it is a port of.
+    pub master: Option<LinkName>,
+    pub addresses: Vec<String>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BridgeStatus {
+    #[serde(flatten)]
+    pub link: LinkStatus,
+    pub ports: Vec<LinkName>,
+    pub stp: bool,
+    pub vlan_filtering: bool,
+}
+
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct VlanStatus {
+    #[serde(flatten)]
+    pub link: LinkStatus,
+    pub vlan_id: Option<u16>,
+    pub protocol: Option<VlanProtocol>,
+    pub parent: Option<LinkName>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PoolStatus {
+    pub path: PathBuf,
+    /// The directory is there.
+    pub present: bool,
+    pub capacity_bytes: u64,
+    pub available_bytes: u64,
+    /// Blocks in use by volumes and images of vmctl.
+    pub used_bytes: u64,
+    pub volumes: usize,
+    pub images: usize,
+}
+
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ImageStatus {
+    pub pool: ObjectName,
+    pub path: PathBuf,
+    pub format: DiskFormat,
+    pub virtual_size_bytes: u64,
+    pub allocated_bytes: u64,
+    pub sha256: Option<String>,
+    /// Volumes that are overlays of it.
+    pub used_by: Vec<ObjectId>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct VolumeStatus {
+    pub pool: ObjectName,
+    pub path: PathBuf,
+    pub format: DiskFormat,
+    pub capacity_bytes: u64,
+    pub allocated_bytes: u64,
+    pub backing: Option<PathBuf>,
+    /// VMs that are defined with it; `running` says which use it now.
+    pub used_by: Vec<ObjectId>,
+    pub running: bool,
+    pub reclaim_policy: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unusable: Option<String>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct VmStatus {
+    pub phase: &'static str,
+    pub pid: Option<i32>,
+    pub uptime_seconds: Option<u64>,
+    pub reboots: Option<u64>,
+    pub run_strategy: Option<RunStrategy>,
+    /// `vmctl stop` holds it down.
+    pub held: bool,
+    pub cpus: u8,
+    pub memory_bytes: u64,
+    pub disks: Vec<DiskStatus>,
+    pub interfaces: Vec<NicStatus>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_exit: Option<ExitRecord>,
+    /// What is defined differs from what runs: it takes effect at the next start.
+    pub staged: bool,
+    /// Why its process can't be asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+    pub boot: Option<crate::vmm::config::BootConfig>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DiskStatus {
+    pub name: String,
+    pub path: String,
+    pub format: DiskFormat,
+    pub read_only: bool,
+    /// As the guest sees it; only of a VM that runs.
+    pub capacity_bytes: Option<u64>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NicStatus {
+    pub name: String,
+    pub mac_address: String,
+    pub tap: String,
+    pub bridge: Option<LinkName>,
+    /// The tap is there and up.
+    pub up: bool,
+}
+
+/// Everything that carries a mark of these sets (`None`: of any), by kind and name, and what could not be
+/// looked at.
+pub fn objects(snapshot: &Snapshot, set: Option<&SetName>) -> (Vec<Object>, Vec<ObserveError>) {
+    let mut finder = Finder { snapshot, objects: Vec::new(), unseen: Vec::new() };
+    finder.links();
+    finder.pools();
+    finder.vms();
+    let Finder { mut objects, unseen, .. } = finder;
+    objects.retain(|object| set.is_none_or(|set| object.set == *set));
+    objects.sort_by(|a, b| (&a.id, &a.set).cmp(&(&b.id, &b.set)));
+    (objects, unseen)
+}
+
+struct Finder<'a> {
+    snapshot: &'a Snapshot,
+    objects: Vec<Object>,
+    unseen: Vec<ObserveError>,
+}
+
+impl<'a> Finder<'a> {
+    fn found(&mut self, mark: Mark, status: Status) {
+        self.objects.push(Object { id: mark.owner, set: mark.set, status });
+    }
+
+    fn links(&mut self) {
+        let links = match &self.snapshot.links {
+            Ok(links) => links,
+            Err(error) => return self.unseen.push(error.clone()),
+        };
+        let mut ports: BTreeMap<&LinkName, Vec<LinkName>> = BTreeMap::new();
+        for (name, link) in links {
+            if let Some(master) = &link.master {
+                ports.entry(master).or_default().push(name.clone());
+            }
+        }
+        for (name, link) in links {
+            let Some(mark) = link.mark().filter(|mark| mark.part.is_none()) else { continue };
+            let status = match (&link.kind, mark.owner.kind) {
+                (LinkKind::Bridge(facts), Kind::Bridge) => Status::Bridge(BridgeStatus {
+                    link: link_status(name, link),
+                    ports: ports.remove(name).unwrap_or_default(),
+                    stp: facts.stp,
+                    vlan_filtering: facts.vlan_filtering,
+                }),
+                (LinkKind::Vlan { id, protocol }, Kind::Vlan) => Status::Vlan(VlanStatus {
+                    link: link_status(name, link),
+                    vlan_id: Some(id.get()),
+                    protocol: Some(*protocol),
+                    parent: link.parent.clone(),
+                }),
+                _ => continue,
+            };
+            self.found(mark, status);
+        }
+    }
+
+    fn pools(&mut self) {
+        let users = self.disk_users();
+        let overlays = self.overlays();
+        for (name, pool) in &self.snapshot.pools {
+            let pool = match pool {
+                Ok(pool) => pool,
+                Err(error) => {
+                    self.unseen.push(error.clone());
+                    continue;
+                }
+            };
+            if let Some(mark) = pool.registered.clone() {
+                self.found(mark, Status::StoragePool(pool_status(pool)));
+            }
+            let Some(directory) = &pool.directory else { continue };
+            for (file, facts) in &directory.files {
+                let Some(mark) = facts.mark.clone().filter(|mark| mark.owner.kind == Kind::Volume) else {
+                    continue;
+                };
+                let path = pool.path.join(file);
+                let used = users.get(&path).cloned().unwrap_or_default();
+                self.found(mark, Status::Volume(volume_status(name, path, facts, used)));
+            }
+            for (file, facts) in &directory.images {
+                let Some(mark) = facts.mark.clone().filter(|mark| mark.owner.kind == Kind::Image) else {
+                    continue;
+                };
+                let path = Pool::image_directory(&pool.path).join(file);
+                let status = ImageStatus {
+                    pool: name.clone(),
+                    format: facts.header.format,
+                    virtual_size_bytes: facts.header.virtual_size_bytes,
+                    allocated_bytes: facts.allocated_bytes,
+                    sha256: facts.sha256.clone(),
+                    used_by: overlays.get(path.as_path()).cloned().unwrap_or_default(),
+                    path,
+                };
+                self.found(mark, Status::Image(status));
+            }
+        }
+    }
+
+    /// For each disk's file: the VMs that have it, and whether one of them runs.
+    fn disk_users(&self) -> BTreeMap<PathBuf, (Vec<ObjectId>, bool)> {
+        let mut users: BTreeMap<PathBuf, (Vec<ObjectId>, bool)> = BTreeMap::new();
+        for (name, vm) in self.snapshot.vms.iter().flatten() {
+            let running =
+                vm.process.as_ref().and_then(|process| process.as_ref().ok()).map(|process| &process.config);
+            let defined = vm.definition.as_ref().map(|definition| &definition.config);
+            let disks = running.into_iter().map(|config| (config, true));
+            for (config, runs) in disks.chain(defined.map(|config| (config, false))) {
+                for disk in &config.disks {
+                    let user = users.entry(PathBuf::from(&disk.path)).or_default();
+                    let id = ObjectId::new(Kind::VirtualMachine, name.clone());
+                    if !user.0.contains(&id) {
+                        user.0.push(id);
+                    }
+                    user.1 |= runs;
+                }
+            }
+        }
+        users
+    }
+
+    fn overlays(&self) -> BTreeMap<&'a Path, Vec<ObjectId>> {
+        let mut overlays: BTreeMap<&'a Path, Vec<ObjectId>> = BTreeMap::new();
+        let directories = self.snapshot.pools.values().flatten().filter_map(|pool| pool.directory.as_ref());
+        for file in directories.flat_map(|directory| directory.files.values()) {
+            if let (Some(backing), Some(mark)) = (&file.header.backing, &file.mark) {
+                overlays.entry(backing).or_default().push(mark.owner.clone());
+            }
+        }
+        overlays
+    }
+
+    fn vms(&mut self) {
+        let vms = match &self.snapshot.vms {
+            Ok(vms) => vms,
+            Err(error) => return self.unseen.push(error.clone()),
+        };
+        for (name, vm) in vms {
+            // A process that doesn't answer and has no definition belongs to nobody that we know.
+            let Some(mark) = owner(vm) else {
+                if let Some(Err(error)) = &vm.process {
+                    self.unseen.push(ObserveError::new(format!("VM {name}"), error));
+                }
+                continue;
+            };
+            let status = vm_status(vm, self.snapshot);
+            self.found(mark, Status::VirtualMachine(Box::new(status)));
+        }
+    }
+}
+
+fn link_status(name: &LinkName, link: &Link) -> LinkStatus {
+    LinkStatus {
+        interface: name.clone(),
+        up: link.up,
+        mtu: link.mtu,
+        mac_address: link.mac_address.map(|mac| mac.to_string()),
+        master: link.master.clone(),
+        addresses: link.addresses.iter().map(ToString::to_string).collect(),
+    }
+}
+
+fn pool_status(pool: &Pool) -> PoolStatus {
+    let directory = pool.directory.as_ref();
+    let files = || directory.into_iter().flat_map(|directory| directory.files.values());
+    let images = || directory.into_iter().flat_map(|directory| directory.images.values());
+    let ours = |file: &&PoolFile| file.mark.is_some() || file.retained.is_some();
+    PoolStatus {
+        path: pool.path.clone(),
+        present: directory.is_some(),
+        capacity_bytes: directory.map_or(0, |directory| directory.capacity_bytes),
+        available_bytes: directory.map_or(0, |directory| directory.available_bytes),
+        used_bytes: files().chain(images()).filter(ours).map(|file| file.allocated_bytes).sum(),
+        volumes: files().filter(|file| file.mark.is_some()).count(),
+        images: images().filter(|file| file.mark.is_some()).count(),
+    }
+}
+
+fn volume_status(
+    pool: &ObjectName,
+    path: PathBuf,
+    facts: &PoolFile,
+    (used_by, running): (Vec<ObjectId>, bool),
+) -> VolumeStatus {
+    VolumeStatus {
+        pool: pool.clone(),
+        path,
+        format: facts.header.format,
+        capacity_bytes: facts.header.virtual_size_bytes,
+        allocated_bytes: facts.allocated_bytes,
+        backing: facts.header.backing.clone(),
+        used_by,
+        running,
+        reclaim_policy: if facts.reclaim_delete { "Delete" } else { "Retain" },
+        unusable: if facts.header.encrypted {
+            Some("encrypted".to_owned())
+        } else {
+            facts.header.unusable.clone()
+        },
+    }
+}
+
+fn vm_status(vm: &Vm, snapshot: &Snapshot) -> VmStatus {
+    let process = vm.process.as_ref().and_then(|process| process.as_ref().ok());
+    let problem = vm.process.as_ref().and_then(|process| process.as_ref().err());
+    let defined = vm.definition.as_ref().map(|definition| &definition.config);
+    let config = process.map(|process| &process.config).or(defined);
+    let phase = match (process.map(|process| process.phase), problem) {
+        (Some(Phase::Running), _) => "Running",
+        (Some(Phase::Paused), _) => "Paused",
+        (Some(Phase::Stopping), _) => "Stopping",
+        (None, Some(_)) => "Unknown",
+        (None, None) => "Stopped",
+    };
+    VmStatus {
+        phase,
+        pid: process.map(|process| process.pid),
+        uptime_seconds: process.map(|process| process.uptime_ms / 1000),
+        reboots: process.map(|process| process.reboots),
+        run_strategy: vm.definition.as_ref().map(|definition| definition.run_strategy),
+        held: vm.held,
+        cpus: config.map_or(0, |config| config.vcpus),
+        memory_bytes: config.map_or(0, |config| config.memory_bytes),
+        disks: config.map_or(Vec::new(), |config| {
+            let capacity =
+                |index: usize| process.and_then(|process| process.disk_capacity_bytes.get(index).copied());
+            let disks = config.disks.iter().enumerate();
+            disks
+                .map(|(index, disk)| DiskStatus {
+                    name: disk.name.clone(),
+                    path: disk.path.clone(),
+                    format: disk.format,
+                    read_only: disk.read_only,
+                    capacity_bytes: capacity(index),
+                })
+                .collect()
+        }),
+        interfaces: config.map_or(Vec::new(), |config| nics(config, vm, snapshot)),
+        last_exit: vm.exit.clone(),
+        staged: process.is_some_and(|process| defined.is_some_and(|defined| *defined != process.config)),
+        problem: problem.map(ToString::to_string),
+        boot: config.map(|config| config.boot.clone()),
+    }
+}
+
+fn nics(config: &VmConfig, vm: &Vm, snapshot: &Snapshot) -> Vec<NicStatus> {
+    let links = snapshot.links.as_ref().ok();
+    let one = |nic: &crate::vmm::config::NicConfig| {
+        let link = links.and_then(|links| links.get(nic.tap.as_str()));
+        // Where the tap is; of a VM without taps, where it will be.
+        let defined = || {
+            let definition = vm.definition.as_ref()?;
+            let place = definition.config.nics.iter().position(|defined| defined.name == nic.name)?;
+            definition.bridges.get(place).cloned()
+        };
+        NicStatus {
+            name: nic.name.clone(),
+            mac_address: nic.mac_address.clone(),
+            tap: nic.tap.clone(),
+            bridge: link.map_or_else(defined, |link| link.master.clone()),
+            up: link.is_some_and(|link| link.up),
+        }
+    };
+    config.nics.iter().map(one).collect()
+}

@@ -1,0 +1,260 @@
+//! One suite for every host: the same steps on the simulator and on Linux must succeed or be refused
+//! alike, and leave what looks the same. A simulator that lies is worse than none.
+
+#[path = "support/host.rs"]
+mod host;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+use vmctl::host::error::StepError;
+use vmctl::host::linux::LinuxHost;
+use vmctl::host::sim::SimHost;
+use vmctl::host::snapshot::{LinkKind, PortFacts, RunStrategy, VmDefinition};
+use vmctl::host::step::{LinkChange, NewVolume, NewVolumeContent, Step, StopHow};
+use vmctl::host::{Host, Scope};
+use vmctl::name::{Kind, Mark, ObjectName};
+use vmctl::vmm::config::{BootConfig, DiskFormat, VmConfig};
+
+struct Pair {
+    linux: LinuxHost,
+    sim: SimHost,
+    scope: Scope,
+    pool: PathBuf,
+    root: PathBuf,
+}
+
+impl Pair {
+    fn new(name: &str) -> Self {
+        let root = host::scratch(name);
+        let _ = std::fs::remove_dir_all(&root);
+        std::fs::create_dir_all(&root).unwrap();
+        let pool = root.join("pool");
+        let scope = Scope { pools: vec![(object("default"), pool.clone())], ..Scope::default() };
+        let linux = LinuxHost::new(root.join("state"), root.join("run"), "/nonexistent/vmctl-vmm");
+        Self { linux, sim: SimHost::new(), scope, pool, root }
+    }
+
+    /// Runs a step on both: they must agree on the result and on what is there afterwards.
+    fn run(&self, step: &Step) -> &'static str {
+        let verdict = |result: &Result<(), StepError>| match result {
+            Ok(()) => "done",
+            Err(StepError::NotOurs { .. }) => "not ours",
+            Err(_) => "failed",
+        };
+        let linux = self.linux.run(&[step]).pop().unwrap();
+        let sim = self.sim.run(&[step]).pop().unwrap();
+        assert_eq!(verdict(&linux), verdict(&sim), "{step:?}: Linux {linux:?}, simulator {sim:?}");
+        assert_eq!(self.seen(&self.linux), self.seen(&self.sim), "after {step:?}");
+        verdict(&linux)
+    }
+
+    /// A snapshot without what only a real host has (addresses the kernel chose, sizes on disk).
+    fn seen(&self, host: &dyn Host) -> String {
+        let snapshot = host.snapshot(&self.scope);
+        let mut lines = Vec::new();
+        for (name, link) in snapshot.links.unwrap() {
+            if name.as_str() == "lo" {
+                continue;
+            }
+            let kind = match &link.kind {
+                LinkKind::Bridge(bridge) => format!(
+                    "bridge stp {} ageing {} snooping {}",
+                    bridge.stp, bridge.ageing_seconds, bridge.multicast_snooping
+                ),
+                kind => format!("{kind:?}"),
+            };
+            let port = link.port.map(|port| PortFacts { vlans: BTreeMap::new(), ..port });
+            lines.push(format!(
+                "{name}: {kind} mtu {} up {} alias {:?} master {:?} port {port:?} addresses {:?}",
+                link.mtu, link.up, link.alias, link.master, link.addresses
+            ));
+        }
+        for (name, pool) in snapshot.pools {
+            let pool = pool.unwrap();
+            lines.push(format!("pool {name}: registered {:?}", pool.registered));
+            let Some(directory) = pool.directory else { continue };
+            lines.push(format!("directory: {:?}", directory.mark));
+            for (file, facts) in directory.files {
+                let header = &facts.header;
+                lines.push(format!(
+                    "{file}: {:?} retained {:?} delete {} {:?} {} backing {:?}",
+                    facts.mark,
+                    facts.retained,
+                    facts.reclaim_delete,
+                    header.format,
+                    header.virtual_size_bytes,
+                    header.backing
+                ));
+            }
+        }
+        for (name, vm) in snapshot.vms.unwrap() {
+            lines.push(format!(
+                "vm {name}: {:?} runs {} held {}",
+                vm.definition,
+                vm.process.is_some(),
+                vm.held
+            ));
+        }
+        lines.join("\n")
+    }
+}
+
+impl Drop for Pair {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.root);
+    }
+}
+
+fn object(name: &str) -> ObjectName {
+    name.parse().unwrap()
+}
+
+fn definition(memory_mib: u64) -> VmDefinition {
+    let mark = host::mark(Kind::VirtualMachine, "web");
+    VmDefinition {
+        config: VmConfig {
+            name: "web".into(),
+            mark: mark.to_string(),
+            vcpus: 1,
+            memory_bytes: memory_mib << 20,
+            boot: BootConfig { kernel_path: "/k".into(), initrd_path: None, cmdline: String::new() },
+            disks: Vec::new(),
+            nics: Vec::new(),
+        },
+        mark,
+        bridges: Vec::new(),
+        run_strategy: RunStrategy::Halted,
+    }
+}
+
+/// Every step that both can do, over few names, so that they meet again and again.
+fn any_step(pool: PathBuf) -> impl Strategy<Value = Step> {
+    let mark =
+        prop::sample::select(vec!["br0", "br1", "br2"]).prop_map(|owner| host::mark(Kind::Bridge, owner));
+    let link = prop::sample::select(vec!["br0", "br1", "br2"]);
+    let change = prop_oneof![
+        (1300u32..1500).prop_map(LinkChange::Mtu),
+        any::<bool>().prop_map(LinkChange::Up),
+        any::<bool>().prop_map(LinkChange::Stp),
+        (1u32..900).prop_map(LinkChange::AgeingSeconds),
+        any::<bool>().prop_map(LinkChange::MulticastSnooping),
+    ];
+    let address = prop::sample::select(vec!["192.0.2.1/24", "198.51.100.1/24"]);
+    let links = (link, mark, change, address, 0usize..8).prop_map(|(link, mark, change, address, which)| {
+        let name = host::name(link);
+        let address = address.parse().unwrap();
+        match which {
+            0 | 1 => Step::CreateLink(vmctl::host::step::NewLink { mtu: Some(1500), ..host::bridge(link) }),
+            2 => Step::DeleteLink { link: name, mark },
+            3 => Step::MarkLink { link: name, mark },
+            4 => Step::UnmarkLink { link: name, mark },
+            5 => Step::AddAddress { link: name, address },
+            6 => Step::RemoveAddress { link: name, address },
+            _ => Step::SetLink { link: name, change },
+        }
+    });
+    let volumes = (any::<bool>(), any::<bool>(), any::<bool>(), 1u64..4, 0usize..7).prop_map(
+        move |(own, qcow2, delete, mib, which)| {
+            let mark = host::mark(Kind::Volume, if own { "data" } else { "other" });
+            let format = if qcow2 { DiskFormat::Qcow2 } else { DiskFormat::Raw };
+            let (pool_path, file) = (pool.clone(), if qcow2 { "data.qcow2" } else { "data.raw" }.to_owned());
+            let capacity_bytes = mib << 20;
+            match which {
+                0 | 1 => Step::CreateVolume(NewVolume {
+                    pool_path,
+                    file,
+                    format,
+                    capacity_bytes: 1 << 20,
+                    content: NewVolumeContent::Blank,
+                    preallocate: false,
+                    mark: host::mark(Kind::Volume, "data"),
+                    reclaim_delete: delete,
+                }),
+                2 => Step::GrowVolume { pool_path, file, format, capacity_bytes, mark },
+                3 => Step::TrashVolume { pool_path, file, mark },
+                4 => Step::RetainVolume { pool_path, file, mark },
+                5 => Step::AdoptVolume { pool_path, file, mark, reclaim_delete: delete },
+                _ => Step::SetReclaim { pool_path, file, mark, delete },
+            }
+        },
+    );
+    let vms = (any::<bool>(), any::<bool>(), 0usize..4).prop_map(|(own, held, which)| {
+        let vm = object("web");
+        let mark = host::mark(Kind::VirtualMachine, if own { "web" } else { "other" });
+        match which {
+            0 => Step::DefineVm { vm, definition: Box::new(definition(if held { 32 } else { 64 })) },
+            1 => Step::UndefineVm { vm, mark },
+            2 => Step::StopVm { vm, mark, how: StopHow::Forced },
+            _ => Step::HoldVm { vm, mark, held },
+        }
+    });
+    prop_oneof![4 => links, 3 => volumes, 2 => vms]
+}
+
+fn create_pool(pool: &Path, mark: Mark) -> Step {
+    Step::CreatePool { name: object("default"), path: pool.to_owned(), mark }
+}
+
+#[test]
+fn the_simulator_and_linux_agree_on_any_steps() {
+    host::private_network();
+    let mut runner = TestRunner::new(Config { cases: 24, failure_persistence: None, ..Config::default() });
+    let pool = host::scratch("any").join("pool");
+    runner
+        .run(&prop::collection::vec(any_step(pool), 1..25), |steps| {
+            let pair = Pair::new("any");
+            assert_eq!(pair.run(&create_pool(&pair.pool, host::mark(Kind::StoragePool, "default"))), "done");
+            for step in &steps {
+                pair.run(step);
+            }
+            for link in ["br0", "br1", "br2"] {
+                let _ = std::process::Command::new("ip").args(["link", "del", link]).output();
+            }
+            Ok(())
+        })
+        .unwrap();
+}
+
+#[test]
+fn pools_are_made_found_again_and_let_go_of() {
+    host::private_network();
+    let pair = Pair::new("pools");
+    let mark = host::mark(Kind::StoragePool, "default");
+    let create = create_pool(&pair.pool, mark.clone());
+    let forget = Step::ForgetPool { name: object("default"), path: pair.pool.clone(), mark };
+    for step in [&create, &create, &forget, &forget, &create] {
+        assert_eq!(pair.run(step), "done");
+    }
+    let mut other = host::mark(Kind::StoragePool, "default");
+    other.set = "other".parse().unwrap();
+    assert_eq!(pair.run(&create_pool(&pair.pool, other)), "not ours");
+}
+
+#[test]
+fn taps_and_ports_agree() {
+    host::private_network();
+    let pair = Pair::new("taps");
+    let bridge = vmctl::host::step::NewLink { mtu: Some(1500), ..host::bridge("br0") };
+    let tap = vmctl::host::step::NewLink { mtu: Some(1500), ..host::tap("web.net0", Some("br0")) };
+    let (tap_name, tap_mark) = (tap.name.clone(), tap.mark.clone());
+    let set = |change| Step::SetLink { link: tap_name.clone(), change };
+    let steps = [
+        Step::CreateLink(bridge),
+        Step::CreateLink(tap.clone()),
+        Step::CreateLink(tap.clone()),
+        set(LinkChange::Master(None)),
+        set(LinkChange::Master(Some(host::name("br0")))),
+        set(LinkChange::PortFlags(PortFacts { isolated: true, learning: false, ..PortFacts::default() })),
+        set(LinkChange::Mtu(1400)),
+        Step::DeleteLink { link: tap_name.clone(), mark: tap_mark.clone() },
+        Step::DeleteLink { link: tap_name.clone(), mark: tap_mark },
+        Step::CreateLink(tap),
+        Step::DeleteLink { link: host::name("br0"), mark: host::mark(Kind::Bridge, "br0") },
+    ];
+    for step in &steps {
+        assert_eq!(pair.run(step), "done", "{step:?}");
+    }
+}
