@@ -82,7 +82,10 @@ impl Work<'_> {
             }
             Some(Err(error)) => {
                 let blocker = Blocker::new(format!("its process doesn't answer: {error}"));
-                Err(Box::new((self.action, blocker.hint(format!("`vmctl stop --force {}` ends it", self.name)))))
+                Err(Box::new((
+                    self.action,
+                    blocker.hint(format!("`vmctl stop --force {}` ends it", self.name)),
+                )))
             }
             None => match self.launch() {
                 Ok(()) => {
