@@ -124,6 +124,17 @@ fn a_guest_that_does_not_hear_the_power_button_is_stopped_in_the_end() {
     ground.expect(0, "stop web --timeout 1s");
     assert!((1..20).contains(&begin.elapsed().as_secs()), "{:?}", begin.elapsed());
     ground.expect(0, "start web");
+    // On a terminal a line says what takes long, and is wiped in the end.
+    let (state, run) = (ground.path("state"), ground.path("run"));
+    let stop = format!(
+        "{PROGRAM} stop web --timeout 2s --state-dir {} --run-dir {} --color never",
+        state.display(),
+        run.display()
+    );
+    let shown = shell(&format!("TERM=xterm script -qec '{stop}' /dev/null"));
+    assert!(shown.contains("… shut down VM web (1 s)"), "{shown:?}");
+    assert!(shown.ends_with("\r\x1b[K✓ VirtualMachine/web updated\r\n"), "{shown:?}");
+    ground.expect(0, "start web");
     ground.expect(2, "stop web --force --timeout 1s").complains("cannot be used with");
     // A halted one can't be started past its manifest.
     ground.write("a.yaml", &format!("{MANIFESTS}  runStrategy: Halted\n"));
