@@ -25,7 +25,7 @@ pub struct SourceArgs {
 #[derive(Debug, Args)]
 pub struct SetArg {
     /// The set that the objects belong to: what one source owns. Sets never touch one another's objects
-    #[arg(long, value_name = "NAME", default_value = "default", env = "VMCTL_SET")]
+    #[arg(long, value_name = "NAME", default_value = "default", env = "VMCTL_SET", hide_env_values = true)]
     pub set: SetName,
 }
 

@@ -25,6 +25,8 @@ use crate::vmm::client::Console;
 
 /// Ctrl-]
 const DETACH: u8 = 0x1d;
+/// How long the VM process has at the end to take what was typed.
+const HAND_OVER: Duration = Duration::from_secs(2);
 /// How long one wait lasts at most: signals are noticed after it.
 const WAIT: Timespec = Timespec { tv_sec: 0, tv_nsec: 250_000_000 };
 
@@ -79,6 +81,9 @@ impl Command {
                 Err(error) => break Err(error),
             }
         };
+        if matches!(ended, Ok(Ended::Detached)) {
+            attached.hand_over();
+        }
         drop(raw);
         if interactive {
             session.out.note("");
@@ -154,6 +159,28 @@ impl Attached<'_> {
         }
         let silent = !self.typing && !self.interactive && self.last_output.elapsed() >= self.silence;
         Ok(silent.then_some(Ended::Detached))
+    }
+
+    /// Ends our half, and waits until the VM process has read it to the end and closes its own: what is in
+    /// flight when both halves are closed at once can be lost.
+    fn hand_over(&mut self) {
+        let deadline = Instant::now() + HAND_OVER;
+        if rustix::net::shutdown(&self.console, rustix::net::Shutdown::Write).is_err() {
+            return;
+        }
+        let mut buffer = [0; 4096];
+        while Instant::now() < deadline {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.console.read(&mut buffer, left) {
+                // What is still printed belongs to a pipe's reader, and to nobody on a terminal that detached.
+                Ok(Some(length)) if length > 0 => {
+                    if !self.interactive {
+                        self.session.out.print_bytes(&buffer[..length]);
+                    }
+                }
+                _ => return,
+            }
+        }
     }
 
     fn print(&mut self) -> std::io::Result<Option<Ended>> {

@@ -28,7 +28,7 @@ pub struct Command {
     #[arg(value_name = "KIND/NAME", required = true)]
     resources: Vec<String>,
     /// Only objects of this set [default: all sets]
-    #[arg(long, value_name = "NAME", env = "VMCTL_SET")]
+    #[arg(long, value_name = "NAME", env = "VMCTL_SET", hide_env_values = true)]
     set: Option<SetName>,
 }
 

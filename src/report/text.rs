@@ -153,7 +153,10 @@ fn write_changes(out: &mut String, action: &Action, style: Style) {
     let lines: Vec<String> = action
         .changes
         .iter()
-        .map(|change| format!("{} → {}", cut(&value(&change.from), room), cut(&value(&change.to), room)))
+        .map(|change| {
+            let (from, to) = (value(&change.from), value(&change.to));
+            format!("{} → {}", cut_to_difference(&from, &to, room), cut_to_difference(&to, &from, room))
+        })
         .collect();
     let columns =
         lines.iter().map(|line| line.chars().count()).filter(|length| *length <= CHANGE_COLUMNS_MAX);
@@ -166,6 +169,23 @@ fn write_changes(out: &mut String, action: &Action, style: Style) {
         };
         let _ = writeln!(out, "{INDENT}{:<fields$}  {line:<columns$}  {impact}", change.field);
     }
+}
+
+/// A long value without what it has in common with the other: the difference is always to be seen.
+fn cut_to_difference(text: &str, other: &str, room: Option<usize>) -> String {
+    let chars: Vec<char> = text.chars().collect();
+    let Some(room) = room.filter(|room| chars.len() > *room && *room > 8) else { return text.to_owned() };
+    let others: Vec<char> = other.chars().collect();
+    let before = chars.iter().zip(&others).take_while(|(a, b)| a == b).count();
+    let after =
+        chars[before..].iter().rev().zip(others[before..].iter().rev()).take_while(|(a, b)| a == b).count();
+    let differing = chars.len() - before - after;
+    // Room for an ellipsis at either end; what is left shows what stands around the difference.
+    let Some(around) = (room - 2).checked_sub(differing) else { return cut(text, Some(room)) };
+    let start = before.saturating_sub(around - around.min(after) / 2);
+    let end = (start + room - 2).min(chars.len());
+    let piece: String = chars[start..end].iter().collect();
+    format!("{}{piece}{}", if start > 0 { "…" } else { "" }, if end < chars.len() { "…" } else { "" })
 }
 
 /// A long value without its middle: of paths and digests both ends tell most.
@@ -265,11 +285,13 @@ pub fn outcome(object: &ObjectId, verb: Verb, outcome: &Outcome, style: Style) -
 /// The last line of a run: `Applied: 3 done, 1 failed.`
 pub fn applied(plan: &Plan, outcomes: &Outcomes) -> String {
     let done = outcomes.values().filter(|outcome| outcome.is_done()).count();
-    let failed = outcomes.len() - done;
+    let cancelled = outcomes.values().filter(|outcome| **outcome == Outcome::Cancelled).count();
+    let failed = outcomes.len() - done - cancelled;
     let summary = plan.summary();
     let mut parts = vec![format!("{done} done")];
     let rest = [
         (failed, "failed"),
+        (cancelled, "not begun"),
         (summary.blocked, "blocked"),
         (summary.refused, "refused"),
         (summary.unchanged, "unchanged"),
@@ -278,4 +300,169 @@ pub fn applied(plan: &Plan, outcomes: &Outcomes) -> String {
         rest.into_iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}")),
     );
     format!("Applied: {}.", parts.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use expect_test::{Expect, expect};
+
+    use super::*;
+    use crate::kinds::action::Blocker;
+    use crate::plan::{Fingerprint, Refusal};
+
+    fn action(id: &str, verb: Verb, because: &str) -> Action {
+        let mut action = Action::new(&id.parse().unwrap(), "qcow2 20Gi in pool default");
+        action.verb(verb, because);
+        action
+    }
+
+    fn plan_of(actions: Vec<Action>, refusals: Vec<Refusal>) -> Plan {
+        Plan {
+            set: "default".parse().unwrap(),
+            actions,
+            refusals,
+            hash: "0123456789abcdef".to_owned(),
+            approved: false,
+            observed: Fingerprint { sha256: String::new(), links: Default::default() },
+        }
+    }
+
+    fn every_verb() -> Plan {
+        let mut memory = action("VirtualMachine/web", Verb::Update, "");
+        memory.summary = "2 vCPUs, 4Gi".to_owned();
+        memory.differs("memory", Some("2Gi".into()), Some("4Gi".into()), Impact::Staged);
+        memory.differs("interfaces[net0].bridge", None, Some("br0".into()), Impact::Live);
+        let mut kernel = action("VirtualMachine/db", Verb::Restart, "restartPolicy allows it");
+        let path = |version: &str| Some(format!("/srv/kernels/debian/12/amd64/{version}/boot/vmlinux-cloud"));
+        kernel.differs("boot.kernel", path("6.1.0-31"), path("6.1.0-37"), Impact::Restart);
+        let mut blocked = action("Bridge/br1", Verb::NoOp, "");
+        blocked =
+            blocked.blocked(Blocker::new("port eth1 belongs to another owner").hint("choose another port"));
+        let mut noted = action("VirtualMachine/idle", Verb::NoOp, "");
+        noted.note("held down by `vmctl stop`");
+        let refused = action("Volume/scratch", Verb::Refused, "declared no more; refused without consent");
+        let refusal = Refusal { because: "data would be lost".into(), objects: vec![refused.object.clone()] };
+        let mut replaced = action("Volume/moved", Verb::Replace, "format raw → qcow2");
+        replaced.differs("format", Some("raw".into()), Some("qcow2".into()), Impact::DataLoss);
+        let actions = vec![
+            action("Volume/web-root", Verb::Create, "not there"),
+            action("Bridge/br0", Verb::Adopt, "it is as declared"),
+            memory,
+            kernel,
+            replaced,
+            action("Vlan/eth0-10", Verb::Delete, "declared no more"),
+            action("Volume/old", Verb::Retain, "the data stays where it is"),
+            refused,
+            blocked,
+            noted,
+            action("Volume/same", Verb::NoOp, ""),
+        ];
+        plan_of(actions, vec![refusal])
+    }
+
+    #[track_caller]
+    fn check(text: &str, expected: Expect) {
+        expected.assert_eq(text);
+    }
+
+    #[test]
+    fn every_verb_has_its_line() {
+        check(
+            &plan(&every_verb(), Style::default()),
+            expect![[r#"
+            +   Volume/web-root      qcow2 20Gi in pool default
+            =   Bridge/br0           adopt: it is as declared
+            ~   VirtualMachine/web   2 vCPUs, 4Gi
+                  memory                   2Gi → 4Gi   staged
+                  interfaces[net0].bridge  none → br0  live
+            ~   VirtualMachine/db    restartPolicy allows it
+                  boot.kernel  /srv/kernels/debian/12/amd64/6.1.0-31/boot/vmlinux-cloud → /srv/kernels/debian/12/amd64/6.1.0-37/boot/vmlinux-cloud  restart
+            -/+ Volume/moved         format raw → qcow2
+                  format  raw → qcow2  DATA LOSS
+            -   Vlan/eth0-10         delete: declared no more
+            .   Volume/old           retain: the data stays where it is
+            !   Volume/scratch       refused: declared no more; refused without consent
+            !   Bridge/br1           blocked: port eth1 belongs to another owner
+                  hint: choose another port
+                VirtualMachine/idle  qcow2 20Gi in pool default
+                  note: held down by `vmctl stop`
+            Refused: data would be lost (Volume/scratch)
+            To allow exactly this plan: --approve 0123456789ab
+            Plan: 1 to create, 1 to adopt, 1 staged, 1 to restart, 1 to replace, 1 to delete, 1 retained, 1 refused, 1 blocked. Downtime: db restart.
+        "#]],
+        );
+    }
+
+    #[test]
+    fn long_values_lose_their_middle_on_a_terminal() {
+        let style = Style { colour: false, width: Some(80) };
+        let text = plan(&every_verb(), style);
+        let kernel: Vec<&str> = text.lines().filter(|line| line.contains("boot.kernel")).collect();
+        check(
+            &kernel.join("\n"),
+            expect!["      boot.kernel  …d64/6.1.0-31/boot/vml… → …d64/6.1.0-37/boot/vml…  restart"],
+        );
+        assert!(kernel.iter().all(|line| line.chars().count() <= 80));
+    }
+
+    #[test]
+    fn what_stands_in_the_way_is_told_alone() {
+        check(
+            &obstacles(&every_verb(), Style::default()),
+            expect![[r#"
+            ! Volume/scratch  refused: declared no more; refused without consent
+            ! Bridge/br1      blocked: port eth1 belongs to another owner
+                  hint: choose another port
+            Refused: data would be lost (Volume/scratch)
+            To allow exactly this plan: --approve 0123456789ab
+        "#]],
+        );
+    }
+
+    #[test]
+    fn colour_adds_escapes_and_nothing_else() {
+        let coloured = plan(&every_verb(), Style { colour: true, width: None });
+        let mut plain = String::new();
+        let mut rest = coloured.as_str();
+        while let Some(escape) = rest.find("\x1b[") {
+            plain.push_str(&rest[..escape]);
+            rest = rest[escape..].split_once('m').unwrap().1;
+        }
+        plain.push_str(rest);
+        assert_ne!(coloured, plain);
+        let trimmed: Vec<&str> = plain.lines().map(str::trim_end).collect();
+        assert_eq!(trimmed.join("\n"), plan(&every_verb(), Style::default()).trim_end());
+    }
+
+    #[test]
+    fn outcomes_are_a_line_each_and_a_sum() {
+        let plan = every_verb();
+        let id = |text: &str| text.parse::<ObjectId>().unwrap();
+        let failed = Outcome::Failed {
+            step: "create tap web.net0".into(),
+            error: "no such device".into(),
+            hint: Some("`modprobe tun`".into()),
+        };
+        let outcomes = Outcomes::from([
+            (id("Volume/web-root"), Outcome::Done { steps: 1 }),
+            (id("VirtualMachine/web"), failed),
+            (id("VirtualMachine/db"), Outcome::NotReached { because: id("VirtualMachine/web") }),
+            (id("Volume/old"), Outcome::Cancelled),
+        ]);
+        let lines: String = outcomes
+            .iter()
+            .map(|(object, ended)| outcome(object, Verb::Create, ended, Style::default()))
+            .chain([applied(&plan, &outcomes)])
+            .collect();
+        check(
+            &lines,
+            expect![[r#"
+            – Volume/old not done: the run was interrupted
+            ✓ Volume/web-root created
+            ✗ VirtualMachine/db not reached: it waits for VirtualMachine/web, which failed
+            ✗ VirtualMachine/web failed: create tap web.net0: no such device
+              hint: `modprobe tun`
+            Applied: 1 done, 2 failed, 1 not begun, 1 blocked, 1 refused, 2 unchanged."#]],
+        );
+    }
 }

@@ -10,11 +10,8 @@ pub fn size(bytes: u64) -> String {
         value /= 1024.0;
         unit += 1;
     }
-    if value.fract() < 0.05 || value >= 100.0 {
-        format!("{value:.0}{}", UNITS[unit])
-    } else {
-        format!("{value:.1}{}", UNITS[unit])
-    }
+    let text = if value >= 100.0 { format!("{value:.0}") } else { format!("{value:.1}") };
+    format!("{}{}", text.strip_suffix(".0").unwrap_or(&text), UNITS[unit])
 }
 
 /// `45s`, `12m03s`, `5h07m`, `3d04h`.

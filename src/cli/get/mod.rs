@@ -32,7 +32,7 @@ pub struct Command {
     #[arg(value_name = "KIND[/NAME]", required = true)]
     resources: Vec<String>,
     /// Only objects of this set [default: all sets]
-    #[arg(long, value_name = "NAME", env = "VMCTL_SET")]
+    #[arg(long, value_name = "NAME", env = "VMCTL_SET", hide_env_values = true)]
     set: Option<SetName>,
     /// How to print them
     #[arg(short, long, value_name = "FORMAT", default_value = "table")]

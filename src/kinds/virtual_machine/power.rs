@@ -47,18 +47,12 @@ pub fn power(name: &ObjectName, set: &SetName, power: Power, snapshot: &Snapshot
         None => return action.blocked(Blocker::new("it can't be told whose VM this is")),
     }
     let work = Work { action, name, vm, mark, snapshot };
-    let done = match power {
+    let action = match power {
         Power::Start => work.start(),
         Power::Stop(how) => work.stop(how),
         Power::Restart(how) => work.restart(how),
     };
-    match done {
-        Ok(action) => action.finish(),
-        Err(refused) => {
-            let (action, blocker) = *refused;
-            action.blocked(blocker)
-        }
-    }
+    action.finish()
 }
 
 struct Work<'a> {
@@ -69,35 +63,31 @@ struct Work<'a> {
     snapshot: &'a Snapshot,
 }
 
-type Done = Result<Action, Box<(Action, Blocker)>>;
-
 impl Work<'_> {
-    fn start(mut self) -> Done {
+    fn start(mut self) -> Action {
         match &self.vm.process {
             Some(Ok(process)) => {
                 let pid = process.pid;
                 self.release();
                 self.action.summary = format!("runs already (pid {pid})");
-                Ok(self.action)
+                self.action
             }
             Some(Err(error)) => {
                 let blocker = Blocker::new(format!("its process doesn't answer: {error}"));
-                Err(Box::new((
-                    self.action,
-                    blocker.hint(format!("`vmctl stop --force {}` ends it", self.name)),
-                )))
+                let hint = format!("`vmctl stop --force {}` ends it", self.name);
+                self.action.blocked(blocker.hint(hint))
             }
             None => match self.launch() {
                 Ok(()) => {
                     self.phase("Stopped", "Running", Impact::Live);
-                    Ok(self.action)
+                    self.action
                 }
-                Err(blocker) => Err(Box::new((self.action, blocker))),
+                Err(blocker) => self.action.blocked(blocker),
             },
         }
     }
 
-    fn stop(mut self, how: StopHow) -> Done {
+    fn stop(mut self, how: StopHow) -> Action {
         self.hold();
         if self.vm.process.is_some() {
             self.shut_down(how);
@@ -118,10 +108,10 @@ impl Work<'_> {
                 }
             }
         }
-        Ok(self.action)
+        self.action
     }
 
-    fn restart(mut self, how: StopHow) -> Done {
+    fn restart(mut self, how: StopHow) -> Action {
         if self.vm.process.is_none() {
             return self.start();
         }
@@ -129,9 +119,9 @@ impl Work<'_> {
         match self.launch() {
             Ok(()) => {
                 self.action.verb(Verb::Restart, "");
-                Ok(self.action)
+                self.action
             }
-            Err(blocker) => Err(Box::new((self.action, blocker))),
+            Err(blocker) => self.action.blocked(blocker),
         }
     }
 
