@@ -345,27 +345,42 @@ fn death_at_random_instants_converges() {
     }
     let tutorial = Tutorial::new();
     without_boot_delay(&tutorial);
-    let start = Instant::now();
     tutorial.apply();
-    let whole = start.elapsed();
     let smooth = census();
     clean_up(&tutorial);
-    let mut killed = 0;
-    for round in 0..50u32 {
+    // The first run is a slow one: everything is read from the disk.
+    let start = Instant::now();
+    tutorial.apply();
+    let mut whole = start.elapsed();
+    clean_up(&tutorial);
+    let (mut killed, mut rounds) = (0u32, 0u32);
+    while killed < 50 {
         // Spread over the whole run, in an order that doesn't follow it.
-        let share = f64::from(round * 29 % 50) / 50.0;
+        let share = f64::from(rounds * 29 % 50) / 50.0;
+        rounds += 1;
+        assert!(rounds < 150, "only {killed} of {rounds} were killed in time");
+        let start = Instant::now();
         let mut child = std::process::Command::new("vmctl")
             .args(["apply", "--prune", "-f"])
             .arg(&tutorial.source)
             .stdout(std::process::Stdio::null())
             .spawn()
             .unwrap();
-        std::thread::sleep(whole.mul_f64(share));
-        child.kill().unwrap();
-        killed += u32::from(!child.wait().unwrap().success());
+        let instant = whole.mul_f64(share);
+        let mut ended = None;
+        while ended.is_none() && start.elapsed() < instant {
+            std::thread::sleep(Duration::from_millis(1));
+            ended = child.try_wait().unwrap();
+        }
+        if ended.is_some() {
+            // It was over sooner than the last one: aim earlier from now on.
+            whole = start.elapsed().min(whole);
+        } else {
+            child.kill().unwrap();
+            killed += u32::from(!child.wait().unwrap().success());
+        }
         converges(&tutorial, &smooth, &format!("killed at {:.0} % of {whole:?}", share * 100.0));
         clean_up(&tutorial);
     }
-    assert!(killed >= 25, "only {killed} of 50 were killed in time");
-    println!("{killed} of 50 killed in the middle; each time the next apply converged");
+    println!("killed at {killed} instants in {rounds} runs; each time the next apply converged");
 }

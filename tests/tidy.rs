@@ -131,7 +131,7 @@ fn rooms_import_only_what_is_below_them() {
                 let prefix = prefix.trim_end_matches("::");
                 import == prefix || import.starts_with(&format!("{prefix}::"))
             };
-            if !allowed.iter().any(|prefix| fits(prefix)) {
+            if !allowed.iter().any(fits) {
                 breaches.push(format!("{name} imports crate::{import}"));
             }
         }
