@@ -367,18 +367,19 @@ fn death_at_random_instants_converges() {
             .spawn()
             .unwrap();
         let instant = whole.mul_f64(share);
-        let mut ended = None;
-        while ended.is_none() && start.elapsed() < instant {
+        let mut over = false;
+        while !over && start.elapsed() < instant {
             std::thread::sleep(Duration::from_millis(1));
-            ended = child.try_wait().unwrap();
+            over = child.try_wait().unwrap().is_some();
         }
-        if ended.is_some() {
+        if over {
             // It was over sooner than the last one: aim earlier from now on.
             whole = start.elapsed().min(whole);
         } else {
             child.kill().unwrap();
-            killed += u32::from(!child.wait().unwrap().success());
         }
+        let succeeded = child.wait().unwrap().success();
+        killed += u32::from(!over && !succeeded);
         converges(&tutorial, &smooth, &format!("killed at {:.0} % of {whole:?}", share * 100.0));
         clean_up(&tutorial);
     }
