@@ -104,7 +104,7 @@ fn the_host_agrees_with_the_manifests() {
 /// Observed system call by system call: nothing is written to the kernel's network, to a file, and no
 /// process is made.
 fn a_second_apply_does_nothing(tutorial: &Tutorial) {
-    assert_eq!(tutorial.diff(0).lines().last(), Some("No differences (13 objects)."));
+    assert_eq!(tutorial.diff(0).lines().last(), Some("No differences (14 objects)."));
     let source = tutorial.source.display();
     run(&format!("strace -f -o /tmp/trace -s 64 vmctl apply --prune -f {source}"));
     let trace = std::fs::read_to_string("/tmp/trace").unwrap();
