@@ -205,13 +205,14 @@ fn the_simulator_and_linux_agree_on_any_steps() {
     let pool = host::scratch("any").join("pool");
     runner
         .run(&prop::collection::vec(any_step(pool), 1..25), |steps| {
+            // What a case that failed left behind.
+            for link in ["br0", "br1", "br2"] {
+                let _ = std::process::Command::new("ip").args(["link", "del", link]).output();
+            }
             let pair = Pair::new("any");
             assert_eq!(pair.run(&create_pool(&pair.pool, host::mark(Kind::StoragePool, "default"))), "done");
             for step in &steps {
                 pair.run(step);
-            }
-            for link in ["br0", "br1", "br2"] {
-                let _ = std::process::Command::new("ip").args(["link", "del", link]).output();
             }
             Ok(())
         })
@@ -238,7 +239,7 @@ fn taps_and_ports_agree() {
     host::private_network();
     let pair = Pair::new("taps");
     let bridge = vmctl::host::step::NewLink { mtu: Some(1500), ..host::bridge("br0") };
-    let tap = vmctl::host::step::NewLink { mtu: Some(1500), ..host::tap("web.net0", Some("br0")) };
+    let tap = vmctl::host::step::NewLink { mtu: Some(1500), ..host::tap("web-net0", Some("br0")) };
     let (tap_name, tap_mark) = (tap.name.clone(), tap.mark.clone());
     let set = |change| Step::SetLink { link: tap_name.clone(), change };
     let steps = [

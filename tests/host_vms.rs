@@ -181,6 +181,13 @@ fn a_vm_lives_from_its_definition_to_its_removal() {
     assert!(matches!(ground.start(&other), Err(StepError::Failed { .. })));
     assert!(matches!(ground.undefine(&definition), Err(StepError::Failed { .. })));
 
+    // The guest has come to print before it is stopped.
+    let log = ground.host.console_log(&vm_name(&definition));
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while std::fs::read_to_string(&log).unwrap() != "boot1\n" {
+        assert!(Instant::now() < deadline, "the guest printed nothing");
+        std::thread::sleep(Duration::from_millis(5));
+    }
     ground.stop(&definition, StopHow::Forced).unwrap();
     ground.stop(&definition, StopHow::Forced).unwrap();
     let seen = ground.vm("web");
@@ -188,7 +195,7 @@ fn a_vm_lives_from_its_definition_to_its_removal() {
     assert_eq!(seen.exit.unwrap().reason, ExitReason::Stopped);
     assert!(has_ended(process.pid));
     assert!(!Path::new(&ground.path("run/vms/web/control.sock")).exists());
-    assert_eq!(std::fs::read_to_string(ground.host.console_log(&vm_name(&definition))).unwrap(), "boot1\n");
+    assert_eq!(std::fs::read_to_string(&log).unwrap(), "boot1\n");
 
     ground.undefine(&definition).unwrap();
     ground.undefine(&definition).unwrap();

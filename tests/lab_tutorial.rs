@@ -95,7 +95,8 @@ fn the_host_agrees_with_the_manifests() {
         let info = run(&format!("qemu-img info -U --output=json {pool}/{vm}-root.qcow2"));
         let info: serde_json::Value = serde_json::from_str(&info).unwrap();
         assert_eq!((info["format"].as_str(), info["virtual-size"].as_u64()), (Some("qcow2"), Some(2 << 30)));
-        run(&format!("qemu-img check -U {pool}/{vm}-root.qcow2"));
+        // A check would take locks of its own, which the VM's keep out: it gets a copy.
+        run(&format!("cp {pool}/{vm}-root.qcow2 /tmp/copy.qcow2 && qemu-img check /tmp/copy.qcow2"));
         assert_eq!(std::fs::metadata(format!("{pool}/{vm}-data.raw")).unwrap().len(), 256 << 20);
     }
 }
@@ -201,12 +202,14 @@ fn edits_are_planned_and_applied_as_declared() {
 
     // Memory: staged, and no difference any more; then allowed, and restarted.
     tutorial.edit("vm1.yaml", "memory: 128Mi", "memory: 160Mi");
-    assert!(tutorial.diff(1).contains("memory: 128Mi → 160Mi  (staged)"));
+    let plan = tutorial.diff(1);
+    assert!(plan.contains("128Mi → 160Mi") && plan.contains("staged"), "{plan}");
     tutorial.apply();
     assert!(tutorial.diff(0).contains("memory 160Mi takes effect at the next start"));
     assert_eq!(tutorial.pid("vm1"), pid1);
     tutorial.edit("vm1.yaml", "  cpus: 1", "  restartPolicy: Allowed\n  cpus: 1");
-    assert!(tutorial.diff(1).contains("memory: 128Mi → 160Mi  (restart)"));
+    let plan = tutorial.diff(1);
+    assert!(plan.contains("128Mi → 160Mi") && plan.contains("restart"), "{plan}");
     tutorial.apply();
     assert_ne!(tutorial.pid("vm1"), pid1);
     let total_kib =

@@ -129,6 +129,9 @@ fn undefine(place: &VmPlace, vm: &ObjectName, mark: &Mark) -> Result<(), StepErr
 fn stop(place: &VmPlace, vm: &ObjectName, mark: &Mark, how: StopHow) -> Result<(), StepError> {
     let what = || format!("stop the VM {vm}");
     let failed = |error: &dyn ToString| StepError::failed(what(), error.to_string());
+    if place.definition().map_err(|error| failed(&error))?.is_some() {
+        require_definition(place, mark, &what)?;
+    }
     let Some(directory) = place.socket_directory().map_err(|error| failed(&error))? else { return Ok(()) };
     vm_process::settle(place).map_err(|error| failed(&error))?;
     let found = HeldProcess::find(&directory, LOOK_TIMEOUT).map_err(|error| failed(&error))?;
@@ -142,9 +145,13 @@ fn stop(place: &VmPlace, vm: &ObjectName, mark: &Mark, how: StopHow) -> Result<(
         }
     }
     match vm_process::connect(&directory, LOOK_TIMEOUT).map_err(|error| failed(&chain(&error)))? {
-        Some(_) => Err(failed(&"somebody started it again meanwhile")),
-        None => directory.remove_socket().map_err(|error| failed(&error)),
+        Some(_) => return Err(failed(&"somebody started it again meanwhile")),
+        None => {}
     }
+    directory.remove_socket().map_err(|error| failed(&error))?;
+    // It ended because we said so: a strategy that looks at how it ended must not be told of it, or a
+    // restart that dies half-way would leave it down.
+    place.remove_exit_record().map_err(|error| failed(&error))
 }
 
 /// Both the definition and the process must be ours, as far as they are there and answer.

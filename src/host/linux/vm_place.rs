@@ -149,6 +149,11 @@ impl VmPlace {
         Ok(bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()))
     }
 
+    pub fn remove_exit_record(&self) -> io::Result<()> {
+        let path = self.run.join(EXIT);
+        ignore_absent(std::fs::remove_file(&path)).map_err(|error| named(&path, error))
+    }
+
     pub fn new_exit_record(&self) -> io::Result<File> {
         let path = self.run.join(EXIT);
         let mut options = File::options();

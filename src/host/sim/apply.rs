@@ -102,9 +102,10 @@ impl State {
                 grow(have, *capacity_bytes)
             }
             Step::SetReclaim { pool_path, file, mark, delete } => {
-                if let Some(have) = self.marked_file(pool_path, file, mark)? {
-                    have.reclaim_delete = *delete;
-                }
+                let Some(have) = self.marked_file(pool_path, file, mark)? else {
+                    return failed(step, "no such file");
+                };
+                have.reclaim_delete = *delete;
                 Ok(())
             }
             Step::AdoptVolume { pool_path, file, mark, reclaim_delete } => {
@@ -119,6 +120,10 @@ impl State {
                 Ok(())
             }
             Step::RetainVolume { pool_path, file, mark } => {
+                let have = self.directory(pool_path)?.files.get(file);
+                if have.is_some_and(|have| have.mark.is_none() && have.retained.as_ref() == Some(mark)) {
+                    return Ok(());
+                }
                 if let Some(have) = self.marked_file(pool_path, file, mark)? {
                     have.retained = have.mark.take();
                 }
@@ -137,7 +142,7 @@ impl State {
             }
             Step::UndefineVm { vm, mark } => {
                 self.check_vm(vm, mark)?;
-                if self.vm(vm)?.process.is_some() {
+                if self.vms()?.get(vm).is_some_and(|have| have.process.is_some()) {
                     return failed(step, "it runs");
                 }
                 self.vms()?.remove(vm);
@@ -146,9 +151,10 @@ impl State {
             Step::StartVm { vm, definition } => self.start_vm(vm, definition),
             Step::StopVm { vm, mark, .. } => {
                 self.check_vm(vm, mark)?;
-                let have = self.vm(vm)?;
-                have.process = None;
-                have.exit = None;
+                if let Some(have) = self.vms()?.get_mut(vm) {
+                    have.process = None;
+                    have.exit = None;
+                }
                 Ok(())
             }
             Step::ResizeDisk { vm, mark, disk, capacity_bytes } => {
@@ -164,6 +170,9 @@ impl State {
             }
             Step::HoldVm { vm, mark, held } => {
                 self.check_vm(vm, mark)?;
+                if self.vms()?.get(vm).is_none_or(|have| have.definition.is_none()) {
+                    return not_ours(step, "it is not defined here");
+                }
                 self.vm(vm)?.held = *held;
                 Ok(())
             }

@@ -7,7 +7,7 @@ use crate::host::step::{LinkChange, NewLink, NewLinkKind};
 use crate::kinds::Context;
 use crate::kinds::action::{Action, Blocker, Impact, Verb};
 use crate::kinds::links::{self, Holder, set};
-use crate::name::{LinkName, Mark, ObjectId};
+use crate::name::{LinkName, Mark, ObjectId, SetName};
 
 pub fn compare(id: &ObjectId, want: &Bridge, context: &Context) -> Action {
     let mut action = Action::new(id, summary(want));
@@ -136,8 +136,8 @@ fn describe_kind(kind: &LinkKind) -> String {
 }
 
 /// How a bridge marks a foreign interface that it was told to make its port.
-fn port_mark(set: &crate::name::SetName, id: &ObjectId) -> Mark {
-    Mark::part(set.clone(), id.clone(), "port")
+fn port_mark(set: &SetName, id: &ObjectId, port: &LinkName) -> Mark {
+    Mark::part(set.clone(), id.clone(), format!("port-{port}"))
 }
 
 fn compare_port(
@@ -151,8 +151,8 @@ fn compare_port(
     let Ok(links) = &context.snapshot.links else { return };
     let field = format!("ports[{}]", port.interface);
     let owner = context.declared_owner(&port.interface);
-    let mark = port_mark(&context.declared.set, id);
     let name = &port.interface;
+    let mark = port_mark(&context.declared.set, id, name);
     let have = match (links.get(name), &owner) {
         (Some(have), _) => Some(have),
         // A declared Vlan that is yet to be made: it comes first.
@@ -226,8 +226,8 @@ fn compare_port(
 
 /// Lets go of interfaces that we took as ports and that are declared no more.
 fn release_ports(action: &mut Action, id: &ObjectId, want: &Bridge, context: &Context) {
-    let mark = port_mark(&context.declared.set, id);
     for (name, have, found) in context.links_of(id) {
+        let mark = port_mark(&context.declared.set, id, name);
         let declared = want.ports.iter().any(|port| port.interface == **name);
         if declared || *found != mark {
             continue;
@@ -236,6 +236,6 @@ fn release_ports(action: &mut Action, id: &ObjectId, want: &Bridge, context: &Co
         if have.master.is_some() {
             action.step(set(name, LinkChange::Master(None)));
         }
-        action.step(Step::UnmarkLink { link: (*name).clone(), mark: mark.clone() });
+        action.step(Step::UnmarkLink { link: (*name).clone(), mark });
     }
 }
