@@ -65,9 +65,14 @@ impl Source {
         if !self.path.exists() {
             return Reading::Unavailable(format!("{} is not there", self.path.display()));
         }
-        if before.manifests.is_empty() && before.unusable.is_empty() {
-            let why = before.problems.first().map(|problem| problem.message.clone());
-            return Reading::Unavailable(why.unwrap_or_else(|| "it declares nothing".to_owned()));
+        // Problems with a place are of files that are there.
+        let has_files = before.problems.iter().any(|problem| problem.location.is_some());
+        if before.manifests.is_empty() && before.unusable.is_empty() && !has_files {
+            let why: Vec<&str> = before.problems.iter().map(|problem| problem.message.as_str()).collect();
+            return Reading::Unavailable(match why.as_slice() {
+                [] => "it declares nothing".to_owned(),
+                why => why.join("; "),
+            });
         }
         let fingerprint = before.fingerprint;
         match declare(self.set.clone(), before) {
