@@ -24,6 +24,11 @@ impl Log {
             self.states.insert(subject, text.to_owned());
         }
     }
+
+    /// It is over: if it comes again, it is said again.
+    pub fn forget(&mut self, subject: &'static str) {
+        self.states.remove(subject);
+    }
 }
 
 /// RFC 3339 in UTC, from seconds since 1970 (days to a date by the civil calendar's 400-year cycle).

@@ -20,15 +20,17 @@ mod watch;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::execute::{Outcome, Outcomes, Progress, execute};
+use crate::execute::{Outcome, Outcomes, Progress, execute_until};
 use crate::host::linux::signals::{Signal, Signals};
-use crate::host::linux::{HostLock, LinkEvents, LinuxHost};
+use crate::host::linux::{HostLock, LinkEvents, LinuxHost, LockError};
 use crate::host::{Host, Step};
 use crate::kinds::Spec;
+use crate::kinds::action::Verb;
 use crate::name::{Kind, ObjectId, ObjectName, SetName, Sha256};
 use crate::pipeline::Declaration;
 use crate::plan::{Plan, Policy, Removal, plan};
@@ -42,8 +44,12 @@ use watch::Watch;
 const QUIET: Duration = Duration::from_millis(20);
 /// A burst that doesn't end is acted upon after so long.
 const QUIET_CAP: Duration = Duration::from_millis(500);
-/// Passes without a wait in between, before the rest is left to the next wake-up.
+/// Passes without a wait in between. Who isn't done after so many is in a fight with somebody.
 const PASSES_MAX: usize = 8;
+/// The wait after that.
+const FIGHT_PAUSE: Duration = Duration::from_secs(1);
+/// A wait for another run's lock, and for nothing else; then it is tried again.
+const LOCK_WAIT: Duration = Duration::from_millis(300);
 
 pub struct Options {
     pub source: PathBuf,
@@ -87,6 +93,8 @@ struct Agent<'a> {
     started: BTreeMap<ObjectId, Instant>,
     due: Due,
     last_pass: Instant,
+    /// Not before then: somebody undoes what we do.
+    pause_until: Option<Instant>,
     ends: bool,
     log: Log,
 }
@@ -111,6 +119,7 @@ pub fn run(host: &LinuxHost, options: Options) -> Result<(), AgentError> {
         started: BTreeMap::new(),
         due: Due { source: true, host: true, burst: None },
         last_pass: Instant::now(),
+        pause_until: None,
         ends: false,
         log: Log::default(),
     };
@@ -145,6 +154,8 @@ impl Agent<'_> {
                 if !self.source_is_good {
                     self.log.state("source", &format!("source {path}: as it was before"));
                 }
+                // What it removes could not be removed while it was bad.
+                self.due.host |= !self.source_is_good;
                 self.source_is_good = true;
             }
             Reading::Declared(declaration, fingerprint) => {
@@ -174,7 +185,15 @@ impl Agent<'_> {
                     &format!("source {path}: {invalid}; {consequence}\n{}", texts.join("\n")),
                 );
             }
+            Reading::BeingWritten(file) => {
+                self.source_is_good = false;
+                self.log.state(
+                    "source",
+                    &format!("source {path}: {} is being written; {consequence}", file.display()),
+                );
+            }
             Reading::Unsettled => {
+                self.source_is_good = false;
                 self.log.state("source", &format!("source {path}: it keeps changing; {consequence}"));
                 self.due.source = true;
                 self.note_event(Instant::now());
@@ -184,16 +203,24 @@ impl Agent<'_> {
 
     /// Looks and runs until there is nothing to run, or nothing that may be run now.
     fn passes(&mut self) {
-        self.due.host = false;
         for _ in 0..PASSES_MAX {
             // Whatever happened before the look is covered by it.
             self.drain_events();
             self.due.host = false;
             self.last_pass = Instant::now();
-            if !self.pass() || self.ends || self.due.source {
+            let has_run = self.pass();
+            if has_run {
+                // Pools may be there now that were not.
+                self.refresh_watches();
+            }
+            if !has_run || self.ends || self.due.source {
+                self.log.forget("fight");
                 return;
             }
         }
+        self.log.state("fight", "something changes the host back as often as it is changed: slowing down");
+        self.due.host = true;
+        self.pause_until = Some(Instant::now() + FIGHT_PAUSE);
     }
 
     /// One look at everything. True: something was run, so look again.
@@ -210,33 +237,66 @@ impl Agent<'_> {
             plan
         };
         let mut next = look();
-        let mut outcomes = Outcomes::new();
+        if !next.has_steps() {
+            self.say_what_stands_still(&next, true);
+            return false;
+        }
+        let _lock = match HostLock::acquire(self.host.state_dir(), "vmctl agent", LOCK_WAIT) {
+            Ok(lock) => lock,
+            Err(error) => {
+                self.wait_for_lock(&error);
+                return false;
+            }
+        };
+        self.log.forget("lock");
+        next = look();
+        let (outcomes, starts) = self.execute(&next);
+        self.say_what_stands_still(&next, outcomes.is_empty());
+        self.settle(&outcomes, &starts);
+        !outcomes.is_empty()
+    }
+
+    fn wait_for_lock(&mut self, error: &LockError) {
+        let text = match error {
+            // (Without the time for which it is held: it would be news every time.)
+            LockError::Locked { holder: Some(holder), .. } => {
+                format!(
+                    "waiting for `{}` (pid {}), which is at work on this host",
+                    holder.command, holder.pid
+                )
+            }
+            error => error.to_string(),
+        };
+        self.log.state("lock", &text);
+        self.due.host = true;
+        self.note_event(Instant::now());
+    }
+
+    /// Runs a plan, and ends early (between steps) when told to end. Also the objects whose VM was started.
+    fn execute(&mut self, plan: &Plan) -> (Outcomes, BTreeSet<ObjectId>) {
         let mut starts = BTreeSet::new();
-        if next.has_steps() {
-            let lock = HostLock::acquire(self.host.state_dir(), "vmctl agent", Duration::from_secs(2));
-            let _lock = match lock {
-                Ok(lock) => lock,
-                Err(error) => {
-                    self.log.state("lock", &error.to_string());
-                    self.due.host = true;
-                    self.note_event(Instant::now());
-                    return false;
-                }
-            };
-            next = look();
-            outcomes = execute(&next, self.host, &mut |progress| match progress {
+        let cancel = AtomicBool::new(false);
+        let (log, signals, ends, due) = (&self.log, &self.signals, &mut self.ends, &mut self.due);
+        let outcomes = execute_until(plan, self.host, &cancel, &mut |progress| {
+            match progress {
                 Progress::Begins { object, step: Step::StartVm { .. }, .. } => {
                     starts.insert(object.clone());
                 }
                 Progress::Begins { .. } => {}
                 Progress::Ended { object, verb, outcome } => {
-                    self.log.say(text::outcome(object, verb, outcome, text::Style::default()).trim_end());
+                    log.say(text::outcome(object, verb, outcome, text::Style::default()).trim_end());
                 }
-            });
-        }
-        self.say_what_stands_still(&next);
-        self.settle(&outcomes, &starts);
-        !outcomes.is_empty()
+            }
+            match signals.next() {
+                Ok(Some(Signal::End)) => {
+                    *ends = true;
+                    cancel.store(true, Ordering::Relaxed);
+                }
+                Ok(Some(Signal::Reload)) => due.source = true,
+                Ok(None) | Err(_) => {}
+            }
+        });
+        (outcomes, starts)
     }
 
     /// Keeps account of what failed, and of VMs that don't stay up.
@@ -246,7 +306,9 @@ impl Agent<'_> {
             match outcome {
                 Outcome::Done { .. } if starts.contains(object) => {
                     let before = self.started.insert(object.clone(), now);
-                    if before.is_some_and(|before| now - before < STEADY) {
+                    if before.is_none_or(|before| now - before >= STEADY) {
+                        self.backoff.succeeded(object);
+                    } else {
                         let delay = self.backoff.failed(object, now);
                         self.log.say(&format!(
                             "{object} doesn't stay up; it is left alone for {} ms",
@@ -263,8 +325,8 @@ impl Agent<'_> {
         }
     }
 
-    /// Blocked and refused objects, once for each new state.
-    fn say_what_stands_still(&mut self, plan: &Plan) {
+    /// Blocked and refused objects, once for each new state. `rests`: nothing was run.
+    fn say_what_stands_still(&mut self, plan: &Plan, rests: bool) {
         let mut lines: Vec<String> = Vec::new();
         for action in &plan.actions {
             lines.extend(
@@ -280,12 +342,17 @@ impl Agent<'_> {
                 &plan.hash[..12]
             ));
         }
+        if lines.is_empty() && (!rests || plan.actions.iter().any(|action| action.verb != Verb::NoOp)) {
+            // It is at work, or waits for another try: both have been said.
+            self.log.forget("host");
+            return;
+        }
         let state = if lines.is_empty() { "in sync".to_owned() } else { lines.join("\n") };
         self.log.state("host", &state);
     }
 
     fn refresh_watches(&mut self) {
-        let pools: Vec<PathBuf> = self
+        let pools: BTreeSet<PathBuf> = self
             .declared
             .iter()
             .flat_map(|(declaration, _)| declaration.desired.declared.objects.values())
@@ -294,7 +361,7 @@ impl Agent<'_> {
                 _ => None,
             })
             .collect();
-        self.watch.refresh(pools.into_iter());
+        self.watch.refresh(&pools);
     }
 
     /// A descriptor for each VM that runs, so that its death is an event.
@@ -351,12 +418,16 @@ impl Agent<'_> {
 
     /// Until something is due.
     fn wait(&mut self) -> std::io::Result<()> {
-        loop {
+        if self.due.source || self.due.host {
+            self.note_event(Instant::now());
+        }
+        while !self.ends {
             let now = Instant::now();
-            if let Some((began, last)) = self.due.burst
-                && (now >= last + QUIET || now >= began + QUIET_CAP)
-            {
-                self.due.burst = None;
+            let paused = self.pause_until.filter(|until| *until > now);
+            let quiet = self.due.burst.map(|(began, last)| (last + QUIET).min(began + QUIET_CAP));
+            let quiet = quiet.map(|quiet| paused.map_or(quiet, |paused| paused.max(quiet)));
+            if quiet.is_some_and(|quiet| now >= quiet) {
+                (self.due.burst, self.pause_until) = (None, None);
                 if self.due.source || self.due.host {
                     return Ok(());
                 }
@@ -368,25 +439,24 @@ impl Agent<'_> {
                 self.due.source |= now >= resync;
                 return Ok(());
             }
-            let quiet = self.due.burst.map(|(began, last)| (last + QUIET).min(began + QUIET_CAP));
             let until = [Some(resync), retry, quiet].into_iter().flatten().min().unwrap_or(resync);
             self.poll(until.saturating_duration_since(now))?;
-            if let Some(signal) = self.signals.next()? {
-                match signal {
-                    Signal::End => {
-                        self.ends = true;
-                        return Ok(());
-                    }
-                    Signal::Reload => {
-                        self.due = Due { source: true, host: true, burst: None };
-                        return Ok(());
-                    }
+            match self.signals.next()? {
+                Some(Signal::End) => self.ends = true,
+                Some(Signal::Reload) => {
+                    // A person asks: what failed is tried at once.
+                    self.backoff.reset();
+                    self.started.clear();
+                    self.due = Due { source: true, host: true, burst: None };
+                    return Ok(());
                 }
+                None => {}
             }
             if self.drain_events() {
                 self.note_event(Instant::now());
             }
         }
+        Ok(())
     }
 
     fn poll(&self, timeout: Duration) -> std::io::Result<()> {

@@ -27,6 +27,7 @@ use std::path::{Path, PathBuf};
 
 pub use events::{Drained, LinkEvents};
 pub use lock::{Holder, HostLock, LockError};
+pub use ofd::has_writer;
 pub use vm_start::uid as vm_uid;
 
 use self::storage::Storage;

@@ -9,6 +9,9 @@ use std::path::Path;
 use rustix::fs::{AtFlags, CWD, FileType, StatxFlags};
 use rustix::io::Errno;
 
+/// Linux's, which the libc crate doesn't have for every C library.
+const F_SETSIG: libc::c_int = 10;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lock {
     /// For readers: many may hold it.
@@ -79,6 +82,35 @@ pub fn unlock(fd: impl AsFd) {
     let _ = fcntl(fd.as_fd(), libc::F_OFD_SETLK, &mut record);
 }
 
+/// Whether somebody has this regular file open to write. `false`, too, where the file can't be opened or its
+/// file system can't tell.
+pub fn has_writer(path: &Path) -> bool {
+    if !is_regular(path).unwrap_or(false) {
+        return false;
+    }
+    let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC | rustix::fs::OFlags::NONBLOCK;
+    let Ok(file) = rustix::fs::open(path, flags, rustix::fs::Mode::empty()) else { return false };
+    let set = |command: libc::c_int, value: libc::c_int| {
+        // SAFETY: the descriptor is open for the length of the call, and both commands take an integer.
+        match unsafe { libc::fcntl(file.as_raw_fd(), command, value) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    };
+    // A read lease is given only if nobody has the file open to write. It is given back at once; whoever opens
+    // the file meanwhile waits for that alone, and the signal of it is one that does nothing (SIGIO would kill).
+    if set(F_SETSIG, libc::SIGURG).is_err() {
+        return false;
+    }
+    match set(libc::F_SETLEASE, libc::F_RDLCK) {
+        Ok(()) => {
+            let _ = set(libc::F_SETLEASE, libc::F_UNLCK);
+            false
+        }
+        Err(error) => error.raw_os_error() == Some(libc::EAGAIN),
+    }
+}
+
 /// Who is in the way of an exclusive lock on this file, as far as it can be found out: the kernel
 /// names the process of a classic lock only, so for an OFD lock the descriptors of all processes
 /// are searched.
@@ -138,6 +170,18 @@ mod tests {
     use std::fs::File;
 
     use super::*;
+
+    #[test]
+    fn a_writer_is_seen_until_it_closes_the_file() {
+        let path = std::env::temp_dir().join(format!("vmctl-writer-{}", std::process::id()));
+        let file = File::create(&path).unwrap();
+        assert!(has_writer(&path));
+        drop(file);
+        let _reader = File::open(&path).unwrap();
+        assert!(!has_writer(&path));
+        std::fs::remove_file(&path).unwrap();
+        assert!(!has_writer(&path));
+    }
 
     #[test]
     fn locks_exclude_across_descriptions_and_name_their_holder() {
