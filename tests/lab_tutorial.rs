@@ -61,13 +61,13 @@ fn guests_reach_their_vlan_and_nothing_else() {
         let seen = capture("ip netns exec switch", "-i trunk icmp or vlan", || {
             guests[guest].succeeds(&format!("ping -c 1 -W 5 {peer}"));
         });
-        let frames: Vec<&str> = seen.lines().filter(|line| line.contains("ICMP")).collect();
+        let frames: Vec<&str> = seen.lines().filter(|line| line.contains("ICMP echo")).collect();
         assert!(frames.len() >= 2, "{seen}");
         assert!(frames.iter().all(|frame| frame.contains(&format!("vlan {vlan},"))), "{seen}");
         let seen = capture("", &format!("-i {vm}.net0"), || {
             guests[guest].succeeds(&format!("ping -c 1 -W 5 {peer}"));
         });
-        assert!(seen.contains("ICMP") && !seen.contains("802.1Q"), "{seen}");
+        assert!(seen.contains("ICMP echo") && !seen.contains("802.1Q"), "{seen}");
     }
 
     the_host_agrees_with_the_manifests();
@@ -252,7 +252,7 @@ fn edits_are_planned_and_applied_as_declared() {
     let hashes = run(digest);
     std::fs::remove_file(tutorial.source.join("vm3.yaml")).unwrap();
     let plan = tutorial.diff(1);
-    assert!(plan.contains(".   Volume/vm3-root") && plan.contains("-   VirtualMachine/vm3"), "{plan}");
+    assert!(plan.contains(". Volume/vm3-root") && plan.contains("- VirtualMachine/vm3"), "{plan}");
     let pid3 = tutorial.pid("vm3").unwrap();
     tutorial.apply();
     tutorial.diff(0);
