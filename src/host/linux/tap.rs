@@ -6,11 +6,14 @@
 use std::ffi::c_void;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
 
 use crate::name::LinkName;
 
+const HELD_PATIENCE: Duration = Duration::from_secs(2);
+const HELD_RETRY: Duration = Duration::from_millis(5);
 const FLAGS: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 /// What `TUNGETIFF` adds for a tap that outlives its holders (linux/if_tun.h).
 const IFF_PERSIST: libc::c_int = 0x0800;
@@ -53,7 +56,21 @@ pub enum AttachError {
 }
 
 /// Takes hold of an existing persistent tap. Never leaves a new one behind.
+///
+/// Waits for a moment if it is held: a process that ends gives it up last, and while another thread of
+/// ours starts a VM, the child holds a copy of every descriptor (the one that made this tap, too)
+/// between its fork and its exec.
 pub fn attach(name: &LinkName) -> Result<OwnedFd, AttachError> {
+    let deadline = Instant::now() + HELD_PATIENCE;
+    loop {
+        match try_attach(name) {
+            Err(AttachError::InUse) if Instant::now() < deadline => std::thread::sleep(HELD_RETRY),
+            result => return result,
+        }
+    }
+}
+
+fn try_attach(name: &LinkName) -> Result<OwnedFd, AttachError> {
     let fd = open_tun()?;
     set_interface(&fd, name, FLAGS).map_err(|error| match error.raw_os_error() {
         Some(libc::EBUSY) => AttachError::InUse,
