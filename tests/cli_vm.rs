@@ -183,6 +183,12 @@ fn logs_follow_the_guest() {
     shell(&format!("kill -INT {}", follow.id()));
     let said = Said::new("logs web -f", follow.wait_with_output().unwrap()).code(0);
     assert!(said.out.contains("boot1\n") && said.out.ends_with("wild"), "{said:?}");
+    // A reader that goes away ends it, even if nothing more is printed.
+    let mut follow = ground.spawn("logs web -f");
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(follow.try_wait().unwrap().is_none());
+    drop(follow.stdout.take());
+    until("it ends with its reader", || follow.try_wait().unwrap());
 }
 
 /// On a terminal: raw while it lasts, and as it was afterwards, whatever ends it.

@@ -61,13 +61,13 @@ fn guests_reach_their_vlan_and_nothing_else() {
         let seen = capture("ip netns exec switch", "-i trunk icmp or vlan", || {
             guests[guest].succeeds(&format!("ping -c 1 -W 5 {peer}"));
         });
-        let frames: Vec<&str> = seen.lines().filter(|line| line.contains("ICMP")).collect();
+        let frames: Vec<&str> = seen.lines().filter(|line| line.contains("ICMP echo")).collect();
         assert!(frames.len() >= 2, "{seen}");
         assert!(frames.iter().all(|frame| frame.contains(&format!("vlan {vlan},"))), "{seen}");
         let seen = capture("", &format!("-i {vm}.net0"), || {
             guests[guest].succeeds(&format!("ping -c 1 -W 5 {peer}"));
         });
-        assert!(seen.contains("ICMP") && !seen.contains("802.1Q"), "{seen}");
+        assert!(seen.contains("ICMP echo") && !seen.contains("802.1Q"), "{seen}");
     }
 
     the_host_agrees_with_the_manifests();
@@ -104,7 +104,7 @@ fn the_host_agrees_with_the_manifests() {
 /// Observed system call by system call: nothing is written to the kernel's network, to a file, and no
 /// process is made.
 fn a_second_apply_does_nothing(tutorial: &Tutorial) {
-    assert_eq!(tutorial.diff(0).lines().last(), Some("No differences (13 objects)."));
+    assert_eq!(tutorial.diff(0).lines().last(), Some("No differences (14 objects)."));
     let source = tutorial.source.display();
     run(&format!("strace -f -o /tmp/trace -s 64 vmctl apply --prune -f {source}"));
     let trace = std::fs::read_to_string("/tmp/trace").unwrap();
@@ -189,6 +189,11 @@ fn drifts_are_named_and_healed_and_nothing_else_is_touched() {
     vm1.succeeds("ping -c 2 -W 10 192.168.10.1");
 }
 
+fn memory_kib(guest: &mut Guest) -> u64 {
+    let text = guest.succeeds("grep MemTotal /proc/meminfo");
+    text.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).unwrap_or_else(|| panic!("{text}"))
+}
+
 #[test]
 fn edits_are_planned_and_applied_as_declared() {
     if ran_in_lab() {
@@ -196,7 +201,7 @@ fn edits_are_planned_and_applied_as_declared() {
     }
     let tutorial = Tutorial::new();
     tutorial.apply();
-    tutorial.guest("vm1");
+    let before_kib = memory_kib(&mut tutorial.guest("vm1"));
     let mut vm2 = tutorial.guest("vm2");
     let (pid1, pid2) = (tutorial.pid("vm1"), tutorial.pid("vm2"));
 
@@ -212,9 +217,8 @@ fn edits_are_planned_and_applied_as_declared() {
     assert!(plan.contains("128Mi → 160Mi") && plan.contains("restart"), "{plan}");
     tutorial.apply();
     assert_ne!(tutorial.pid("vm1"), pid1);
-    let total_kib =
-        tutorial.guest("vm1").succeeds("sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo");
-    assert!(total_kib.parse::<u64>().unwrap() > 128 << 10, "{total_kib} KiB");
+    let after_kib = memory_kib(&mut tutorial.guest("vm1"));
+    assert!(after_kib >= before_kib + (24 << 10), "{before_kib} KiB, then {after_kib} KiB");
 
     // A disk grows under a running guest, which sees it at once.
     let sectors = "cat /sys/block/vda/size /sys/block/vdb/size";
@@ -248,7 +252,7 @@ fn edits_are_planned_and_applied_as_declared() {
     let hashes = run(digest);
     std::fs::remove_file(tutorial.source.join("vm3.yaml")).unwrap();
     let plan = tutorial.diff(1);
-    assert!(plan.contains(".   Volume/vm3-root") && plan.contains("-   VirtualMachine/vm3"), "{plan}");
+    assert!(plan.contains(". Volume/vm3-root") && plan.contains("- VirtualMachine/vm3"), "{plan}");
     let pid3 = tutorial.pid("vm3").unwrap();
     tutorial.apply();
     tutorial.diff(0);
@@ -345,27 +349,43 @@ fn death_at_random_instants_converges() {
     }
     let tutorial = Tutorial::new();
     without_boot_delay(&tutorial);
-    let start = Instant::now();
     tutorial.apply();
-    let whole = start.elapsed();
     let smooth = census();
     clean_up(&tutorial);
-    let mut killed = 0;
-    for round in 0..50u32 {
+    // The first run is a slow one: everything is read from the disk.
+    let start = Instant::now();
+    tutorial.apply();
+    let mut whole = start.elapsed();
+    clean_up(&tutorial);
+    let (mut killed, mut rounds) = (0u32, 0u32);
+    while killed < 50 {
         // Spread over the whole run, in an order that doesn't follow it.
-        let share = f64::from(round * 29 % 50) / 50.0;
+        let share = f64::from(rounds * 29 % 50) / 50.0;
+        rounds += 1;
+        assert!(rounds < 150, "only {killed} of {rounds} were killed in time");
+        let start = Instant::now();
         let mut child = std::process::Command::new("vmctl")
             .args(["apply", "--prune", "-f"])
             .arg(&tutorial.source)
             .stdout(std::process::Stdio::null())
             .spawn()
             .unwrap();
-        std::thread::sleep(whole.mul_f64(share));
-        child.kill().unwrap();
-        killed += u32::from(!child.wait().unwrap().success());
+        let instant = whole.mul_f64(share);
+        let mut over = false;
+        while !over && start.elapsed() < instant {
+            std::thread::sleep(Duration::from_millis(1));
+            over = child.try_wait().unwrap().is_some();
+        }
+        if over {
+            // It was over sooner than the last one: aim earlier from now on.
+            whole = start.elapsed().min(whole);
+        } else {
+            child.kill().unwrap();
+        }
+        let succeeded = child.wait().unwrap().success();
+        killed += u32::from(!over && !succeeded);
         converges(&tutorial, &smooth, &format!("killed at {:.0} % of {whole:?}", share * 100.0));
         clean_up(&tutorial);
     }
-    assert!(killed >= 25, "only {killed} of 50 were killed in time");
-    println!("{killed} of 50 killed in the middle; each time the next apply converged");
+    println!("killed at {killed} instants in {rounds} runs; each time the next apply converged");
 }

@@ -9,7 +9,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("src/name.rs", &[]),
     // The VM process must stay small enough to be read as one thing, and to be sandboxed as one.
     ("src/vmm/", &["vmm"]),
-    ("src/host/", &["name", "host", "vmm::config", "vmm::protocol", "vmm::client"]),
+    ("src/host/", &["name", "host", "vmm::config", "vmm::protocol", "vmm::client", "vmm::packet"]),
     // Kinds are knowledge: no look at the real host, no plan, no file.
     (
         "src/kinds/",
@@ -73,7 +73,11 @@ fn sources() -> Vec<(String, String)> {
         let name = path.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
         (name, code_of(&fs::read_to_string(path).unwrap()))
     };
-    let sources: Vec<_> = found.iter().map(read).filter(|(name, _)| !name.contains("tests")).collect();
+    let sources: Vec<_> = found
+        .iter()
+        .map(read)
+        .filter(|(name, _)| !name.contains("tests") && !name.ends_with("testing.rs"))
+        .collect();
     assert!(sources.len() > 60, "the sources were not found");
     sources
 }
@@ -131,7 +135,7 @@ fn rooms_import_only_what_is_below_them() {
                 let prefix = prefix.trim_end_matches("::");
                 import == prefix || import.starts_with(&format!("{prefix}::"))
             };
-            if !allowed.iter().any(|prefix| fits(prefix)) {
+            if !allowed.iter().any(fits) {
                 breaches.push(format!("{name} imports crate::{import}"));
             }
         }

@@ -60,11 +60,24 @@ impl Command {
         }
         let end = interrupt::flag();
         let mut follower = Follower::new(&bytes);
-        while !end.load(Ordering::Relaxed) && !session.out.is_closed() {
-            std::thread::sleep(POLL_INTERVAL);
+        while !end.load(Ordering::Relaxed) && !session.out.is_closed() && !reader_left() {
             session.out.print_bytes(&follower.more(&path)?);
         }
         Ok(Exit::Ok)
+    }
+}
+
+/// Waits a while; ends at once when nobody reads our output any more (`vmctl logs -f web | head -1`), even
+/// if the guest never prints again.
+fn reader_left() -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let stdout = std::io::stdout();
+    let mut fds = [PollFd::new(&stdout, PollFlags::empty())];
+    let wait = Timespec { tv_sec: 0, tv_nsec: i64::from(POLL_INTERVAL.subsec_nanos()) };
+    match poll(&mut fds, Some(&wait)) {
+        Ok(_) => fds[0].revents().intersects(PollFlags::ERR | PollFlags::HUP),
+        // A signal: the caller looks at its flag.
+        Err(_) => false,
     }
 }
 

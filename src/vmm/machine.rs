@@ -300,6 +300,11 @@ impl Machine {
         self.power_button.write(1)
     }
 
+    /// See [`SerialPort::raise_again`].
+    pub fn raise_serial_again(&self) -> bool {
+        lock(&self.serial).raise_again()
+    }
+
     /// Types into the serial port; gives how many bytes it took.
     pub fn type_in(&self, bytes: &[u8]) -> usize {
         lock(&self.serial).type_in(bytes)

@@ -12,15 +12,23 @@ use vmm_sys_util::eventfd::EventFd;
 use super::bus::BusDevice;
 use super::console::{Output, Printer};
 
+/// The register whose reading says that the guest has taken note of the interrupt.
+const INTERRUPT_IDENTIFICATION: u64 = 2;
+
 /// Raises the port's interrupt.
 #[derive(Clone)]
-struct Interrupt(Arc<EventFd>);
+struct Interrupt {
+    line: Arc<EventFd>,
+    /// Raised, and not yet asked about by the guest.
+    pending: Arc<AtomicBool>,
+}
 
 impl Trigger for Interrupt {
     type E = io::Error;
 
     fn trigger(&self) -> io::Result<()> {
-        self.0.write(1)
+        self.pending.store(true, Ordering::Release);
+        self.line.write(1)
     }
 }
 
@@ -54,7 +62,7 @@ impl SerialPort {
     /// `input_wanted` is written when there is room for input again, after [`SerialPort::type_in`] ran
     /// out of it.
     pub fn new(interrupt: Arc<EventFd>, input_wanted: Arc<EventFd>, output: Arc<Output>) -> Self {
-        let interrupt = Interrupt(interrupt);
+        let interrupt = Interrupt { line: interrupt, pending: Arc::new(AtomicBool::new(false)) };
         let drained = Drained { wanted: Arc::new(AtomicBool::new(false)), wake: input_wanted };
         let printer = Printer(output);
         let serial = Serial::with_events(interrupt.clone(), drained.clone(), printer.clone());
@@ -64,7 +72,20 @@ impl SerialPort {
     /// Back to the state at power-on; input that the guest hasn't read is lost.
     pub fn reset(&mut self) {
         self.serial = Serial::with_events(self.interrupt.clone(), self.drained.clone(), self.printer.clone());
+        self.interrupt.pending.store(false, Ordering::Release);
         self.drained.in_buffer_empty();
+    }
+
+    /// Raises the interrupt again if the guest has not yet asked what the last one was for; `false` if
+    /// there is none. The port's line is an edge: were one lost (masked at the wrong moment, or between
+    /// the layers of nested virtualisation), the guest would wait for it for ever, in the middle of a line.
+    pub fn raise_again(&self) -> bool {
+        let pending = self.interrupt.pending.load(Ordering::Acquire);
+        if pending {
+            // It fails only when the counter is full, and then the interrupt is on its way.
+            let _ = self.interrupt.line.write(1);
+        }
+        pending
     }
 
     /// Hands as many of these bytes to the guest as its port takes now; gives how many.
@@ -84,6 +105,9 @@ impl BusDevice for SerialPort {
         data.fill(0);
         // All registers are one byte wide.
         if let [byte] = data {
+            if offset == INTERRUPT_IDENTIFICATION {
+                self.interrupt.pending.store(false, Ordering::Release);
+            }
             *byte = self.serial.read(offset as u8);
         }
     }
@@ -120,6 +144,11 @@ mod tests {
         port.write(1, &[1]); // interrupt when data is received
         assert_eq!(port.type_in(&[b'x'; 100]), 64);
         assert_eq!(interrupt.read().unwrap(), 1);
+        assert!(port.raise_again(), "the guest hasn't asked yet");
+        assert_eq!(interrupt.read().unwrap(), 1);
+        port.read(INTERRUPT_IDENTIFICATION, &mut [0]);
+        assert!(!port.raise_again());
+        assert!(interrupt.read().is_err());
         assert!(wanted.read().is_err());
         let mut byte = [0];
         for _ in 0..64 {

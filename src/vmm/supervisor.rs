@@ -27,6 +27,10 @@ const FIRST_CLIENT: u64 = 16;
 /// Output is handed on this long after it was announced, so that a burst of single bytes costs one
 /// packet and one write to the log.
 const OUTPUT_DELAY: Duration = Duration::from_millis(2);
+/// A guest that has not asked about the serial port's interrupt for so long may never have had it.
+const SERIAL_CHECK: Duration = Duration::from_millis(100);
+/// A guest that has the interrupt masked is asked less and less often.
+const SERIAL_CHECK_MAX: Duration = Duration::from_secs(10);
 /// Input that the port didn't take, with no word of when it will, is offered again after this time.
 const INPUT_RETRY: Duration = Duration::from_millis(50);
 /// A guest whose processor gives up this soon after its start, so many times in a row, never works.
@@ -59,6 +63,9 @@ pub struct Supervisor {
     flush_at: Option<Instant>,
     input: VecDeque<u8>,
     retry_input_at: Option<Instant>,
+    /// When to look whether the guest took note of the serial port's interrupt, and after how long then
+    /// to look again.
+    serial_check: Option<(Instant, Duration)>,
 }
 
 /// Why the loop ends.
@@ -104,6 +111,7 @@ impl Supervisor {
             flush_at: None,
             input: VecDeque::new(),
             retry_input_at: None,
+            serial_check: None,
         })
     }
 
@@ -177,19 +185,31 @@ impl Supervisor {
         if self.retry_input_at.is_some_and(|at| at <= now) {
             self.type_in();
         }
+        if let Some((at, delay)) = self.serial_check
+            && at <= now
+        {
+            let delay = (delay * 2).min(SERIAL_CHECK_MAX);
+            self.serial_check = self.machine.raise_serial_again().then(|| (now + delay, delay));
+        }
         Ok(())
     }
 
     fn timeout(&self) -> Option<Timespec> {
-        let at = [self.flush_at, self.retry_input_at].into_iter().flatten().min()?;
+        let check = self.serial_check.map(|(at, _)| at);
+        let at = [self.flush_at, self.retry_input_at, check].into_iter().flatten().min()?;
         let left = at.saturating_duration_since(Instant::now());
         // Rounded up to milliseconds, so that the loop doesn't spin through the last fraction.
         let left_ms = left.as_micros().div_ceil(1000) as i64;
         Some(Timespec { tv_sec: left_ms / 1000, tv_nsec: left_ms % 1000 * 1_000_000 })
     }
 
+    fn check_serial_later(&mut self) {
+        self.serial_check = Some((Instant::now() + SERIAL_CHECK, SERIAL_CHECK));
+    }
+
     fn flush_output(&mut self) {
         self.flush_at = None;
+        self.check_serial_later();
         self.signals.output.acknowledge();
         if let Some(log) = &mut self.console_log {
             log.write_from(&self.signals.output, &mut [0; LOG_CHUNK_BYTES]);
@@ -199,6 +219,7 @@ impl Supervisor {
 
     fn type_in(&mut self) {
         self.retry_input_at = None;
+        self.check_serial_later();
         let taken = self.machine.type_in(self.input.make_contiguous());
         self.input.drain(..taken);
         if !self.input.is_empty() && taken == 0 {

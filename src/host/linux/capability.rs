@@ -4,7 +4,7 @@
 //! the kind refuses the address, one that doesn't refuses the kind, and neither makes a link. What shows
 //! only in a real link is tried in a network namespace of its own, which goes with the thread that tries.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 
 use kvm_ioctls::Kvm;
@@ -14,7 +14,7 @@ use rustix::thread::UnshareFlags;
 use super::netlink::{Answer, Group, Netlink, Refusal};
 use super::{link_messages, link_steps, tap};
 use crate::host::error::StepError;
-use crate::host::snapshot::{BridgeFacts, Capability};
+use crate::host::snapshot::{BridgeFacts, Capability, Link, LinkKind};
 use crate::host::step::{NewLink, NewLinkKind, Step};
 use crate::name::{Kind, LinkName, Mark, ObjectId, ObjectName, SetName};
 
@@ -23,6 +23,29 @@ const KVM_API_VERSION: i32 = 12;
 
 /// What was found the hard way and can't change while the kernel runs.
 static SETTLED: Mutex<BTreeMap<Capability, Option<String>>> = Mutex::new(BTreeMap::new());
+
+/// The abilities that these links prove by being there.
+pub fn shown_by(links: &BTreeMap<LinkName, Link>) -> BTreeSet<Capability> {
+    let mut shown = BTreeSet::new();
+    for link in links.values() {
+        match &link.kind {
+            LinkKind::Bridge(facts) => {
+                shown.insert(Capability::Bridge);
+                if facts.vlan_filtering {
+                    shown.insert(Capability::VlanFiltering);
+                }
+            }
+            LinkKind::Vlan { .. } => {
+                shown.insert(Capability::Vlan);
+            }
+            LinkKind::Tap => {
+                shown.insert(Capability::Tun);
+            }
+            LinkKind::Other(_) => {}
+        }
+    }
+    shown
+}
 
 /// How it showed that the host lacks this, or `None` if it has it.
 pub fn lacks(capability: Capability) -> Option<String> {

@@ -144,9 +144,9 @@ fn stop(place: &VmPlace, vm: &ObjectName, mark: &Mark, how: StopHow) -> Result<(
             return Err(StepError::Failed { what: what(), why, hint: Some(hint) });
         }
     }
-    match vm_process::connect(&directory, LOOK_TIMEOUT).map_err(|error| failed(&chain(&error)))? {
-        Some(_) => return Err(failed(&"somebody started it again meanwhile")),
-        None => {}
+    let again = vm_process::connect(&directory, LOOK_TIMEOUT).map_err(|error| failed(&chain(&error)))?;
+    if again.is_some() {
+        return Err(failed(&"somebody started it again meanwhile"));
     }
     directory.remove_socket().map_err(|error| failed(&error))?;
     // It ended because we said so: a strategy that looks at how it ended must not be told of it, or a

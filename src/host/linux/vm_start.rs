@@ -68,12 +68,14 @@ pub fn start(
     // First all that can fail without a trace.
     let (mut roles, mut fds) = open_files(&definition.config, &what)?;
     open_taps(definition, &what, &mut roles, &mut fds)?;
-    roles.push(FdRole::ConsoleLog);
-    fds.push(console_log.into());
     roles.push(FdRole::ExitRecord);
     fds.push(place.new_exit_record().map_err(|error| failed(&error))?.into());
     roles.push(FdRole::Control);
     fds.push(directory.bind().map_err(|error| failed(&error))?);
+    // Last, for a process that ends closes its descriptors in their order: when this lock is free, the
+    // disks and taps are.
+    roles.push(FdRole::ConsoleLog);
+    fds.push(console_log.into());
 
     let uid = uid(vm);
     let launch = Launch { version: VERSION, config: definition.config.clone(), uid, gid: uid, fds: roles };

@@ -26,7 +26,7 @@ use crate::name::Mark;
 pub const PRIVATE: &str = ".vmctl";
 /// Leaves room for what temporary files and the trash add.
 const FILE_NAME_BYTES_MAX: usize = 200;
-const LOCK_PATIENCE: Duration = Duration::from_millis(50);
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 const LOCK_RETRY: Duration = Duration::from_millis(2);
 /// Pools can be entered by those who know a name in them and are listed by root alone.
 const POOL_MODE: Mode = Mode::from_raw_mode(0o711);
@@ -589,8 +589,8 @@ impl Entry<'_> {
 
 /// Takes a disk's lock or says who has it.
 ///
-/// Waits for a moment: a process that was just killed, or one that is between fork and exec, still
-/// has its descriptors.
+/// Waits for a moment: a process that is between fork and exec still has its descriptors, and one that
+/// ends gives them up one after the other (a tap's waits for the network).
 pub fn take_lock(file: &File, kind: Lock, what: &str) -> Result<(), StepError> {
     let deadline = Instant::now() + LOCK_PATIENCE;
     loop {
