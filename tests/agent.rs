@@ -370,6 +370,29 @@ fn two_agents_and_an_apply_get_along() {
 }
 
 #[test]
+fn a_fight_is_slow() {
+    let ground = Ground::new();
+    ground.write("one/a.yaml", &bridge("br0", 1400));
+    ground.write("two/a.yaml", &bridge("br0", 1300));
+    let mut first = Agent::start(&ground, "one");
+    let mut second = Agent::start_named(&ground, "two", "second.log");
+    // (Sixty repairs are free; they take a while on a busy machine.)
+    let begin = Instant::now();
+    while !(first.log() + &second.log()).contains("is changed back all the time") {
+        assert!(begin.elapsed() < SOON * 6, "{}{}", first.log(), second.log());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    std::thread::sleep(Duration::from_secs(2));
+    let repairs = || first.log().matches("updated").count() + second.log().matches("updated").count();
+    let (before, ticks) = (repairs(), first.ticks() + second.ticks());
+    std::thread::sleep(Duration::from_secs(4));
+    let (repairs, ticks) = (repairs() - before, first.ticks() + second.ticks() - ticks);
+    assert!(repairs < 40 && ticks < 100, "{repairs} repairs in 4 s, at {} ms", ticks * 10);
+    first.ends_cleanly();
+    second.ends_cleanly();
+}
+
+#[test]
 fn killed_at_work_the_next_goes_on() {
     let ground = Ground::new();
     let all: Vec<String> = (0..30).map(|number| bridge(&format!("br{number}"), 1400)).collect();

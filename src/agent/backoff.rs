@@ -10,6 +10,10 @@ const FIRST: Duration = Duration::from_millis(200);
 const LONGEST: Duration = Duration::from_secs(60);
 /// A VM that ends so soon after it was started has failed to run, whatever the start said.
 pub const STEADY: Duration = Duration::from_secs(10);
+/// So many repairs of an object may come in a burst, and then one in each [`REPAIR_EVERY`]. Who needs more
+/// is in a fight with somebody.
+const REPAIRS_BURST: f64 = 60.0;
+const REPAIR_EVERY: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 struct Entry {
@@ -21,6 +25,8 @@ struct Entry {
 #[derive(Debug, Default)]
 pub struct Backoff {
     entries: BTreeMap<ObjectId, Entry>,
+    /// How many more repairs each object has to its credit, and as of when.
+    credit: BTreeMap<ObjectId, (f64, Instant)>,
 }
 
 impl Backoff {
@@ -31,12 +37,26 @@ impl Backoff {
         delay
     }
 
+    /// It was repaired. How long to leave it alone now, because somebody else changes it back all the time.
+    pub fn repaired(&mut self, object: &ObjectId, now: Instant) -> Option<Duration> {
+        let (credit, since) = self.credit.get(object).copied().unwrap_or((REPAIRS_BURST, now));
+        let earned = (now - since).div_duration_f64(REPAIR_EVERY);
+        let credit = (credit + earned).min(REPAIRS_BURST);
+        self.credit.insert(object.clone(), ((credit - 1.0).max(0.0), now));
+        if credit < 1.0 {
+            return Some(self.failed(object, now));
+        }
+        self.succeeded(object);
+        None
+    }
+
     pub fn succeeded(&mut self, object: &ObjectId) {
         self.entries.remove(object);
     }
 
     pub fn reset(&mut self) {
         self.entries.clear();
+        self.credit.clear();
     }
 
     /// Those to be left alone now.
@@ -77,5 +97,23 @@ mod tests {
         backoff.succeeded(&id);
         assert!(backoff.held(now).is_empty());
         assert!(backoff.failed(&id, now) <= FIRST.mul_f64(1.25));
+    }
+
+    #[test]
+    fn a_fight_slows_down_and_repairs_now_and_then_do_not() {
+        let id: ObjectId = "Bridge/br0".parse().unwrap();
+        let mut now = Instant::now();
+        let mut backoff = Backoff::default();
+        for _ in 0..1000 {
+            now += REPAIR_EVERY;
+            assert_eq!(backoff.repaired(&id, now), None);
+        }
+        let mut repairs = 0;
+        let end = now + Duration::from_secs(600);
+        while now < end {
+            repairs += 1;
+            now += Duration::from_millis(20) + backoff.repaired(&id, now).unwrap_or_default();
+        }
+        assert!((100..2000).contains(&repairs), "{repairs} repairs in ten minutes");
     }
 }

@@ -316,7 +316,14 @@ impl Agent<'_> {
                         ));
                     }
                 }
-                Outcome::Done { .. } => self.backoff.succeeded(object),
+                Outcome::Done { .. } => {
+                    if let Some(delay) = self.backoff.repaired(object, now) {
+                        self.log.say(&format!(
+                            "{object} is changed back all the time; it is left alone for {} ms",
+                            delay.as_millis()
+                        ));
+                    }
+                }
                 Outcome::Failed { .. } => {
                     self.backoff.failed(object, now);
                 }
