@@ -2,9 +2,14 @@
 
 #![allow(dead_code)] // Each test binary uses its own part.
 
+use std::io::Write as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+/// What `Guest` says of a guest that stands still. Seen twice in some 150 boots, each time with other
+/// machines starving this one: under emulation of nested virtualisation, whose peers stand still too. A
+/// test is tried once more then, and no second time; the retry is said.
+const STOOD_STILL: [&str; 2] = ["never said `GUEST-READY`", "and after a key:"];
 /// How long one test may take in the lab, in seconds.
 const TIMEOUT_S: &str = "900";
 
@@ -16,6 +21,21 @@ pub fn ran_in_lab() -> bool {
     }
     let thread = std::thread::current();
     let test = thread.name().expect("the test harness names its threads");
+    let (mut success, mut said) = attempt(test);
+    if !success && STOOD_STILL.iter().any(|words| said.contains(words)) {
+        // Said past the harness, which keeps what a passing test prints to itself.
+        let _ =
+            writeln!(std::io::stderr(), "RETRIED {test}: a guest stood still in the emulated lab\n{said}");
+        (success, said) = attempt(test);
+    }
+    assert!(success, "in the lab:\n{said}");
+    assert!(said.contains("1 passed"), "the lab ran nothing:\n{said}");
+    print!("{said}");
+    true
+}
+
+/// Whether the test passed in a lab of its own, and what was said.
+fn attempt(test: &str) -> (bool, String) {
     let program = std::env::current_exe().unwrap();
     let file = Path::new(program.file_name().unwrap());
     let output = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/lab/run"))
@@ -28,9 +48,5 @@ pub fn ran_in_lab() -> bool {
         .output()
         .expect("tests/lab/run is there");
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    let (said, errors) = (text(&output.stdout), text(&output.stderr));
-    assert!(output.status.success(), "in the lab ({}):\n{said}\n{errors}", output.status);
-    assert!(said.contains("1 passed"), "the lab ran nothing:\n{said}\n{errors}");
-    print!("{said}");
-    true
+    (output.status.success(), format!("{}\n{}", text(&output.stdout), text(&output.stderr)))
 }
