@@ -7,8 +7,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 /// What `Guest` says of a guest that stands still. Seen twice while this was written, each time with other
-/// machines starving this one: the cause is not known. A
-/// test is tried once more then, and no second time; the retry is said.
+/// machines starving this one; the cause is not known. A test is tried once more then, and no second time,
+/// and the retry is said.
 const STOOD_STILL: [&str; 2] = ["never said `GUEST-READY`", "and after a key:"];
 /// How long one test may take in the lab, in seconds.
 const TIMEOUT_S: &str = "900";
