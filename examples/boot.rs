@@ -99,20 +99,12 @@ fn machine(options: &Options) -> Vm {
             _ => (file, DiskFormat::Raw),
         };
         let image = File::options().read(true).write(true).open(path).expect("open the disk");
-        let config = DiskConfig {
-            name: name.into(),
-            path: path.into(),
-            format,
-            read_only: false,
-            backing: Vec::new(),
-        };
-        vm = vm.disk(config, image);
+        vm = vm.disk(DiskConfig::new(name, path, format), image);
     }
     for tap in &options.taps {
         let parts: Vec<&str> = tap.split('=').collect();
         let [name, tap, mac] = parts[..] else { panic!("--tap NAME=TAP=MAC") };
-        let config = NicConfig { name: name.into(), tap: tap.into(), mac_address: mac.into(), mtu: 1500 };
-        vm = vm.nic(config, support::open_tap(tap));
+        vm = vm.nic(NicConfig::new(name, tap, mac), support::open_tap(tap));
     }
     vm
 }

@@ -115,15 +115,7 @@ fn object(name: &str) -> ObjectName {
 fn definition(memory_mib: u64) -> VmDefinition {
     let mark = host::mark(Kind::VirtualMachine, "web");
     VmDefinition {
-        config: VmConfig {
-            name: "web".into(),
-            mark: mark.to_string(),
-            vcpus: 1,
-            memory_bytes: memory_mib << 20,
-            boot: BootConfig { kernel_path: "/k".into(), initrd_path: None, cmdline: String::new() },
-            disks: Vec::new(),
-            nics: Vec::new(),
-        },
+        config: VmConfig::new("web", mark.to_string(), memory_mib << 20, BootConfig::kernel("/k", None, "")),
         mark,
         bridges: Vec::new(),
         run_strategy: RunStrategy::Halted,

@@ -55,19 +55,12 @@ impl Ground {
     fn definition(&self, vm: &str) -> VmDefinition {
         let mark = mark(Kind::VirtualMachine, vm);
         VmDefinition {
-            config: VmConfig {
-                name: vm.to_owned(),
-                mark: mark.to_string(),
-                vcpus: 1,
-                memory_bytes: 32 << 20,
-                boot: BootConfig {
-                    kernel_path: self.path("kernel"),
-                    initrd_path: None,
-                    cmdline: String::new(),
-                },
-                disks: Vec::new(),
-                nics: Vec::new(),
-            },
+            config: VmConfig::new(
+                vm,
+                mark.to_string(),
+                32 << 20,
+                BootConfig::kernel(self.path("kernel"), None, ""),
+            ),
             mark,
             bridges: Vec::new(),
             run_strategy: RunStrategy::Always,
@@ -333,20 +326,20 @@ fn a_start_that_fails_leaves_no_process_and_says_why() {
     let definition = ground.definition("web");
     refused_as_not_ours(ground.start(&definition));
     let mut broken = definition.clone();
-    broken.config.boot.kernel_path = ground.path("none");
+    broken.config.boot = BootConfig::kernel(ground.path("none"), None, "");
     ground.define(&broken).unwrap();
     let error = ground.start(&broken).unwrap_err().to_string();
     assert!(error.starts_with("start the VM web: open its kernel ") && error.contains("/none: "), "{error}");
     // A FIFO doesn't hold us up, a directory is no kernel.
     assert!(std::process::Command::new("mkfifo").arg(ground.path("fifo")).status().unwrap().success());
     for file in ["fifo", "state"] {
-        broken.config.boot.kernel_path = ground.path(file);
+        broken.config.boot = BootConfig::kernel(ground.path(file), None, "");
         let error = ground.start(&broken).unwrap_err().to_string();
         assert!(error.contains("not a regular file"), "{error}");
     }
     // The VM process itself refuses.
     std::fs::write(ground.path("text"), "no kernel at all").unwrap();
-    broken.config.boot.kernel_path = ground.path("text");
+    broken.config.boot = BootConfig::kernel(ground.path("text"), None, "");
     let error = ground.start(&broken).unwrap_err().to_string();
     assert!(error.contains("refused"), "{error}");
     assert!(!Path::new(&ground.path("run/vms/web/control.sock")).exists());
@@ -373,13 +366,10 @@ fn a_disk_has_one_writer_and_grows_while_it_is_used() {
     std::fs::write(&image, vec![0; 1 << 20]).unwrap();
     let with_disk = |vm: &str, read_only| {
         let mut definition = ground.definition(vm);
-        definition.config.disks.push(DiskConfig {
-            name: "root".to_owned(),
-            path: image.clone(),
-            format: DiskFormat::Raw,
-            read_only,
-            backing: Vec::new(),
-        });
+        definition
+            .config
+            .disks
+            .push(DiskConfig { read_only, ..DiskConfig::new("root", &image, DiskFormat::Raw) });
         ground.define(&definition).unwrap();
         definition
     };
@@ -412,12 +402,7 @@ fn a_tap_is_held_and_replaced() {
     private_network();
     let ground = Ground::new();
     let mut definition = ground.definition("web");
-    definition.config.nics.push(NicConfig {
-        name: "net0".to_owned(),
-        tap: "tap0".to_owned(),
-        mac_address: "52:54:00:00:00:01".to_owned(),
-        mtu: 1500,
-    });
+    definition.config.nics.push(NicConfig::new("net0", "tap0", "52:54:00:00:00:01"));
     ground.define(&definition).unwrap();
     let new = tap("tap0", None);
     let carrier = || ip("link show tap0").contains("LOWER_UP");
@@ -473,17 +458,12 @@ fn a_linux_guest_obeys_its_power_button() {
     create(&tap("tap0", Some("br0"))).unwrap();
     let mut definition = ground.definition("web");
     definition.config.memory_bytes = 256 << 20;
-    definition.config.boot = BootConfig {
-        kernel_path: "/guest/vmlinux".to_owned(),
-        initrd_path: Some("/guest/initrd".to_owned()),
-        cmdline: "console=ttyS0 quiet panic=-1 mitigations=off".to_owned(),
-    };
-    definition.config.nics.push(NicConfig {
-        name: "net0".to_owned(),
-        tap: "tap0".to_owned(),
-        mac_address: "52:54:00:00:00:01".to_owned(),
-        mtu: 1500,
-    });
+    definition.config.boot = BootConfig::kernel(
+        "/guest/vmlinux",
+        Some("/guest/initrd".to_owned()),
+        "console=ttyS0 quiet panic=-1 mitigations=off",
+    );
+    definition.config.nics.push(NicConfig::new("net0", "tap0", "52:54:00:00:00:01"));
     ground.define(&definition).unwrap();
     ground.start(&definition).unwrap();
     // At once, while it still boots: it hears a later press.

@@ -231,13 +231,7 @@ fn the_state_is_the_configuration_and_the_peer_is_the_process() {
 }
 
 fn disk(name: &str) -> DiskConfig {
-    DiskConfig {
-        name: name.into(),
-        path: "image".into(),
-        format: DiskFormat::Raw,
-        read_only: false,
-        backing: Vec::new(),
-    }
+    DiskConfig::new(name, "image", DiskFormat::Raw)
 }
 
 fn raw_client(vm: &RunningVm) -> OwnedFd {
@@ -354,7 +348,7 @@ fn what_cannot_be_launched_is_refused_with_the_reason() {
         assert!(refused(vm).contains(&format!("{role:?}")));
     }
     let mut vm = small();
-    vm.pass(FdRole::Tap { nic: "lan".into() }, memfd(b""));
+    vm.pass(FdRole::Tap { nic: "lan".into(), pair: 0 }, memfd(b""));
     assert!(refused(vm).contains("lan"));
     let mut vm = small();
     vm.pass(FdRole::Kernel, memfd(b""));
@@ -362,15 +356,7 @@ fn what_cannot_be_launched_is_refused_with_the_reason() {
     let mut vm = small();
     vm.launch.version = 7;
     assert!(refused(vm).contains("version 7"));
-    let vm = small().nic(
-        vmctl::vmm::config::NicConfig {
-            name: "lan".into(),
-            tap: "tap0".into(),
-            mac_address: "52:54:00:00:00:01".into(),
-            mtu: 1500,
-        },
-        memfd(b""),
-    );
+    let vm = small().nic(vmctl::vmm::config::NicConfig::new("lan", "tap0", "52:54:00:00:00:01"), memfd(b""));
     assert!(refused(vm).contains("lan"));
 }
 

@@ -15,6 +15,7 @@ use crate::host::{Host, Scope};
 use crate::name::SetName;
 use crate::report::text::Style;
 use crate::report::units::{duration, size};
+use crate::vmm::config::BootConfig;
 
 /// Say everything about objects on this host
 #[derive(Debug, Args)]
@@ -182,9 +183,18 @@ fn describe_vm(page: &mut Page, vm: &VmStatus) {
     page.line("vCPUs", vm.cpus.to_string());
     page.line("Memory", size(vm.memory_bytes));
     if let Some(boot) = &vm.boot {
-        page.line("Kernel", &boot.kernel_path);
-        page.line("Initrd", boot.initrd_path.as_deref().unwrap_or_default());
-        page.line("Command line", &boot.cmdline);
+        match boot {
+            BootConfig::Kernel(boot) => {
+                page.line("Kernel", &boot.kernel_path);
+                page.line("Initrd", boot.initrd_path.as_deref().unwrap_or_default());
+                page.line("Command line", &boot.cmdline);
+            }
+            BootConfig::Disk(boot) => {
+                page.line("Boot", format!("from its disk {}", boot.disk));
+                page.maybe("Boot entry", boot.entry.as_deref());
+                page.line("Appended", &boot.append);
+            }
+        }
     }
     page.section("Disks");
     for disk in &vm.disks {

@@ -14,7 +14,9 @@ use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::packet::{self, PacketError};
-use super::protocol::{Event, LAUNCH_FD, Launch, LaunchReply, Request, Response, VERSION, Verb, VmState};
+use super::protocol::{
+    Event, LAUNCH_FD, Launch, LaunchReply, Metrics, Request, Response, VERSION, Verb, VmState,
+};
 
 /// How long a VM process may take from its start to running vCPUs. Reading a kernel from a cold disk
 /// belongs to it.
@@ -173,12 +175,30 @@ impl Control {
         self.exchange(verb, &[fd])
     }
 
+    /// The same for a verb that takes several descriptors.
+    pub fn request_with_fds(&self, verb: &Verb, fds: &[BorrowedFd<'_>]) -> Result<Response, ControlError> {
+        self.exchange(verb, fds)
+    }
+
     /// [`Verb::Get`].
     pub fn state(&self) -> Result<VmState, ControlError> {
         match self.request(&Verb::Get)? {
             Response::State(state) => Ok(*state),
             Response::Error { message } => Err(ControlError::Refused(message)),
-            Response::Done => Err(ControlError::Unexpected { verb: "get", answer: "done" }),
+            Response::Done | Response::Metrics(_) => {
+                Err(ControlError::Unexpected { verb: "get", answer: "no state" })
+            }
+        }
+    }
+
+    /// [`Verb::Metrics`].
+    pub fn metrics(&self) -> Result<Metrics, ControlError> {
+        match self.request(&Verb::Metrics)? {
+            Response::Metrics(metrics) => Ok(*metrics),
+            Response::Error { message } => Err(ControlError::Refused(message)),
+            Response::Done | Response::State(_) => {
+                Err(ControlError::Unexpected { verb: "metrics", answer: "no metrics" })
+            }
         }
     }
 
@@ -210,7 +230,9 @@ fn done(response: Response) -> Result<(), ControlError> {
     match response {
         Response::Done => Ok(()),
         Response::Error { message } => Err(ControlError::Refused(message)),
-        Response::State(_) => Err(ControlError::Unexpected { verb: "a command", answer: "a state" }),
+        Response::State(_) | Response::Metrics(_) => {
+            Err(ControlError::Unexpected { verb: "a command", answer: "more than that it is done" })
+        }
     }
 }
 

@@ -15,7 +15,7 @@ use rustix::net::sockopt::{self, Timeout};
 
 use super::boot::BootFiles;
 use super::client::LAUNCH_TIMEOUT;
-use super::config::{DEVICES_MAX, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, VCPUS_MAX, VmConfig};
+use super::config::{BootConfig, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, VCPUS_MAX, VmConfig};
 use super::console::{LOG_BYTES_MAX, Log};
 use super::exit;
 use super::machine::{Built, MachineError, MachineFiles, source_of};
@@ -156,18 +156,15 @@ fn check(config: &VmConfig) -> Result<(), LaunchFailure> {
         ));
     }
     let devices = config.disks.len() + config.nics.len();
-    if devices > DEVICES_MAX {
-        return fail(format!("{devices} disks and NICs, more than {DEVICES_MAX}"));
+    let devices_max = config.machine.devices_max();
+    if devices > devices_max {
+        return fail(format!("{devices} disks and NICs, more than {devices_max}"));
     }
-    let mut names: Vec<&str> = config.disks.iter().map(|disk| disk.name.as_str()).collect();
+    let disks = config.disks.iter().map(|disk| disk.name.as_str());
+    let mut names: Vec<&str> = disks.chain(config.nics.iter().map(|nic| nic.name.as_str())).collect();
     names.sort_unstable();
     if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-        return fail(format!("two disks are named {:?}", pair[0]));
-    }
-    let mut names: Vec<&str> = config.nics.iter().map(|nic| nic.name.as_str()).collect();
-    names.sort_unstable();
-    if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-        return fail(format!("two NICs are named {:?}", pair[0]));
+        return fail(format!("two devices are named {:?}", pair[0]));
     }
     Ok(())
 }
@@ -203,9 +200,12 @@ impl Files {
         let taps = config
             .nics
             .iter()
-            .map(|nic| take(FdRole::Tap { nic: nic.name.clone() }))
+            .map(|nic| take(FdRole::Tap { nic: nic.name.clone(), pair: 0 }))
             .collect::<Result<_, _>>()?;
-        let initrd = match config.boot.initrd_path {
+        let BootConfig::Kernel(boot) = &config.boot else {
+            return Err(LaunchFailure::Config("boot from a disk is not there yet".into()));
+        };
+        let initrd = match boot.initrd_path {
             Some(_) => Some(File::from(take(FdRole::Initrd)?)),
             None => None,
         };
@@ -215,7 +215,7 @@ impl Files {
                 boot: BootFiles {
                     kernel: File::from(take(FdRole::Kernel)?),
                     initrd,
-                    cmdline: config.boot.cmdline.clone(),
+                    cmdline: boot.cmdline.clone(),
                 },
                 disks,
                 taps,

@@ -49,7 +49,7 @@ pub const KERNEL_MIN: u64 = 0x10_0000;
 
 pub const VIRTIO_MMIO_START: u64 = 0xd000_0000;
 pub const VIRTIO_MMIO_BYTES: u64 = 0x1000;
-pub const VIRTIO_SLOTS: usize = super::config::DEVICES_MAX + 1;
+pub const VIRTIO_SLOTS: usize = super::config::MICRO_DEVICES_MAX + 4;
 pub const IO_APIC: u32 = 0xfec0_0000;
 pub const LOCAL_APIC: u32 = 0xfee0_0000;
 /// One page and then three, which KVM needs on Intel for real mode; they must not be RAM.

@@ -30,6 +30,7 @@ use super::device::ThreadStart;
 use super::device::block::{Block, BlockError, BlockHandle};
 use super::device::entropy::Entropy;
 use super::device::net::{Net, NetError, NetHandle};
+use super::event::{EventSender, MachineEvent};
 use super::gate::{Gate, Order};
 use super::layout;
 use super::memory::{self, GuestMemory, MemoryError};
@@ -37,7 +38,7 @@ use super::power;
 use super::serial::SerialPort;
 use super::transport::VirtioDevice;
 use super::transport::mmio::MmioTransport;
-use super::vcpu::{EventSender, Shared, Vcpu, VcpuEvent, VcpuHandle};
+use super::vcpu::{Shared, Vcpu, VcpuHandle};
 
 /// How long a vCPU may take to leave the guest and obey: it may be waiting for a disk in a device.
 const OBEY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -119,8 +120,8 @@ pub struct MachineFiles {
 
 /// What the event loop listens to.
 pub struct Signals {
-    pub vcpu_events: mpsc::Receiver<VcpuEvent>,
-    pub vcpu_wake: Arc<EventFd>,
+    pub events: mpsc::Receiver<MachineEvent>,
+    pub events_wake: Arc<EventFd>,
     pub output: Arc<Output>,
     pub input_wanted: Arc<EventFd>,
 }
@@ -181,14 +182,14 @@ impl Built {
         let (disks, nics) = make_devices(config, files.disks, files.taps, start, &mut devices)?;
         let Devices { mmio, transports, .. } = devices;
 
-        let (queue, vcpu_events) = mpsc::channel();
-        let vcpu_wake = Arc::new(eventfd()?);
+        let (queue, events) = mpsc::channel();
+        let events_wake = Arc::new(eventfd()?);
         let gate = Arc::new(Gate::new(config.vcpus.into()));
         let shared = Shared {
             gate: gate.clone(),
             pio: Arc::new(pio),
             mmio: Arc::new(mmio),
-            events: EventSender { queue, wake: vcpu_wake.clone() },
+            events: EventSender { queue, wake: events_wake.clone() },
         };
         let vcpus = make_vcpus(&kvm_fd, &vm, config.vcpus, &shared)?;
 
@@ -209,7 +210,7 @@ impl Built {
         };
         let entry = machine.load()?;
         let (output, input_wanted) = serial_signals;
-        let signals = Signals { vcpu_events, vcpu_wake, output, input_wanted };
+        let signals = Signals { events, events_wake, output, input_wanted };
         Ok((Self { machine, vcpus, entry }, signals))
     }
 

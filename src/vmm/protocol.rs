@@ -13,7 +13,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::config::VmConfig;
+pub use super::metrics::Metrics;
+
+use super::config::{DiskConfig, Limits, NicConfig, VmConfig};
 
 /// The protocol's version. A request of another version is answered with [`Response::Error`].
 pub const VERSION: u32 = 1;
@@ -58,9 +60,19 @@ pub enum FdRole {
         disk: String,
         depth: usize,
     },
+    /// One for each queue pair, counted from 0.
     Tap {
         nic: String,
+        pair: u16,
     },
+    /// `/dev/vhost-net`, opened once for each queue pair: the kernel moves the frames. Where it isn't
+    /// passed, the VM process does.
+    Vhost {
+        nic: String,
+        pair: u16,
+    },
+    /// A directory with the VM's vsock sockets: a listening `vsock` for the host's connections.
+    Vsock,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,10 +113,43 @@ pub enum Verb {
         disk: String,
         capacity_bytes: u64,
     },
-    /// One descriptor comes with the packet: the NIC's new tap.
+    /// One descriptor for each queue pair comes with the packet: the NIC's new tap.
     ReplaceTap {
         nic: String,
     },
+    /// Hot-plug. The image's descriptor comes with the packet, then those of its backing chain.
+    AddDisk {
+        disk: DiskConfig,
+    },
+    /// Hot-plug. One descriptor of the tap for each queue pair comes with the packet, then one of
+    /// `/dev/vhost-net` for each, or none.
+    AddNic {
+        nic: NicConfig,
+    },
+    /// Asks the guest to let go of a disk or a NIC. Answered at once; the device is gone when it is no
+    /// longer in [`VmState::config`]. Asked again, the guest is asked again.
+    RemoveDevice {
+        device: String,
+    },
+    SetDiskLimits {
+        disk: String,
+        limits: Limits,
+    },
+    SetNicLimits {
+        nic: String,
+        receive: Limits,
+        transmit: Limits,
+    },
+    /// The guest sees the carrier come or go.
+    SetLink {
+        nic: String,
+        up: bool,
+    },
+    SetBalloon {
+        target_bytes: u64,
+    },
+    /// Answered with [`Response::Metrics`].
+    Metrics,
     /// First the last `replay_bytes` of the ring, then everything that follows.
     ConsoleAttach {
         replay_bytes: usize,
@@ -117,6 +162,7 @@ pub enum Verb {
 pub enum Response {
     Done,
     State(Box<VmState>),
+    Metrics(Box<Metrics>),
     Error { message: String },
 }
 
@@ -136,6 +182,32 @@ pub struct VmState {
     pub config: VmConfig,
     /// Of each disk, in the order of `config.disks`.
     pub disk_capacity_bytes: Vec<u64>,
+    /// What somebody should know of, the oldest first.
+    #[serde(default)]
+    pub conditions: Vec<Condition>,
+}
+
+/// Something that is not as it should be and lasts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Condition {
+    pub kind: ConditionKind,
+    /// The disk or NIC that it is about.
+    pub device: Option<String>,
+    /// For a person.
+    pub message: String,
+    /// For how long.
+    pub age_ms: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum ConditionKind {
+    /// The storage below a disk is full: the VM is paused, and resumes when there is room.
+    DiskFull,
+    /// The guest was asked to let go of a device and has not done so.
+    UnplugPending,
+    /// The guest's kernel said that it crashed (pvpanic) and goes on, perhaps to write its dump.
+    GuestPanicked,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -151,6 +223,18 @@ pub enum Phase {
 pub enum Event {
     Phase(Phase),
     Rebooted,
+    Condition(Condition),
+    /// A condition of this kind and device is over.
+    Cleared {
+        kind: ConditionKind,
+        device: Option<String>,
+    },
+    DeviceAdded {
+        device: String,
+    },
+    DeviceRemoved {
+        device: String,
+    },
     Exit(ExitRecord),
 }
 
@@ -172,6 +256,8 @@ pub enum ExitReason {
     Stopped,
     /// The guest did something that the machine can't go on from (triple fault, bad entry).
     GuestFault,
+    /// The guest's kernel said that it crashed (pvpanic).
+    GuestPanicked,
     /// The VM process failed.
     Internal,
 }

@@ -13,12 +13,12 @@ use rustix::event::{Timespec, epoll::Event as EpollEvent};
 use super::config::VmConfig;
 use super::console::Log;
 use super::control::{Clients, Received};
+use super::event::MachineEvent;
 use super::machine::{Machine, MachineError, Signals, source_of};
 use super::protocol::{Event, ExitReason, ExitRecord, Phase, Response, VERSION, Verb, VmState};
-use super::vcpu::VcpuEvent;
 
 const LISTENER: u64 = 0;
-const VCPU_EVENT: u64 = 1;
+const MACHINE_EVENT: u64 = 1;
 const OUTPUT: u64 = 2;
 const INPUT_WANTED: u64 = 3;
 const SIGNAL: u64 = 4;
@@ -90,7 +90,7 @@ impl Supervisor {
         let watch = |fd: &dyn std::os::fd::AsFd, token| {
             epoll::add(&*epoll, fd.as_fd(), EventData::new_u64(token), EventFlags::IN)
         };
-        watch(&borrow(&signals.vcpu_wake), VCPU_EVENT)?;
+        watch(&borrow(&signals.events_wake), MACHINE_EVENT)?;
         watch(&borrow(signals.output.wake()), OUTPUT)?;
         watch(&borrow(&signals.input_wanted), INPUT_WANTED)?;
         watch(&outside.termination, SIGNAL)?;
@@ -154,17 +154,17 @@ impl Supervisor {
             Err(errno) => return Err(End::new(ExitReason::Internal, format!("wait for events: {errno}"))),
         }
         // What the guest did comes before what clients want of it.
-        if events.iter().any(|event| event.data.u64() == VCPU_EVENT) {
-            let _ = self.signals.vcpu_wake.read();
-            while let Ok(event) = self.signals.vcpu_events.try_recv() {
-                self.vcpu_event(event)?;
+        if events.iter().any(|event| event.data.u64() == MACHINE_EVENT) {
+            let _ = self.signals.events_wake.read();
+            while let Ok(event) = self.signals.events.try_recv() {
+                self.machine_event(event)?;
             }
         }
         for event in events {
             // The structure is packed: copy its fields.
             let (token, flags) = (event.data.u64(), event.flags);
             match token {
-                VCPU_EVENT => {}
+                MACHINE_EVENT => {}
                 LISTENER => self.clients.accept(),
                 OUTPUT => {
                     let _ = self.signals.output.wake().read();
@@ -237,11 +237,13 @@ impl Supervisor {
         }
     }
 
-    fn vcpu_event(&mut self, event: VcpuEvent) -> Result<(), End> {
+    fn machine_event(&mut self, event: MachineEvent) -> Result<(), End> {
         match event {
-            VcpuEvent::Reset => self.reset(),
-            VcpuEvent::PowerOff => Err(End::new(ExitReason::GuestPowerOff, "the guest powered itself off")),
-            VcpuEvent::TripleFault => {
+            MachineEvent::Reset => self.reset(),
+            MachineEvent::PowerOff => {
+                Err(End::new(ExitReason::GuestPowerOff, "the guest powered itself off"))
+            }
+            MachineEvent::TripleFault => {
                 let early = self.booted.elapsed() < EARLY_FAULT;
                 self.early_faults = if early { self.early_faults + 1 } else { 0 };
                 if self.early_faults >= EARLY_FAULTS_MAX {
@@ -250,8 +252,12 @@ impl Supervisor {
                 }
                 self.reset()
             }
-            VcpuEvent::GuestFault(message) => Err(End::new(ExitReason::GuestFault, message)),
-            VcpuEvent::Failed(message) => Err(End::new(ExitReason::Internal, message)),
+            MachineEvent::GuestFault(message) => Err(End::new(ExitReason::GuestFault, message)),
+            MachineEvent::Failed(message) => Err(End::new(ExitReason::Internal, message)),
+            MachineEvent::GuestPanicked { .. }
+            | MachineEvent::Ejected { .. }
+            | MachineEvent::DiskFull { .. }
+            | MachineEvent::DiskHasRoom { .. } => Ok(()),
         }
     }
 
@@ -259,8 +265,8 @@ impl Supervisor {
     fn reset(&mut self) -> Result<(), End> {
         self.machine.reset()?;
         // All vCPUs stand at the start: what they said before is void, but for failures.
-        while let Ok(event) = self.signals.vcpu_events.try_recv() {
-            if let VcpuEvent::Failed(message) = event {
+        while let Ok(event) = self.signals.events.try_recv() {
+            if let MachineEvent::Failed(message) = event {
                 return Err(End::new(ExitReason::Internal, message));
             }
         }
@@ -319,6 +325,14 @@ impl Supervisor {
                 None => Response::Error { message: format!("this VM has no disk {disk:?}") },
             },
             Verb::ReplaceTap { nic } => self.replace_tap(&nic, fds),
+            Verb::AddDisk { .. }
+            | Verb::AddNic { .. }
+            | Verb::RemoveDevice { .. }
+            | Verb::SetDiskLimits { .. }
+            | Verb::SetNicLimits { .. }
+            | Verb::SetLink { .. }
+            | Verb::SetBalloon { .. }
+            | Verb::Metrics => Response::Error { message: "this machine can't do that".into() },
             Verb::ConsoleAttach { replay_bytes } => {
                 self.clients.attach_console(client, replay_bytes, &self.signals.output);
                 return Ok(());
@@ -350,6 +364,7 @@ impl Supervisor {
             reboots: self.reboots,
             config: self.config.clone(),
             disk_capacity_bytes: self.machine.disk_capacity_bytes(),
+            conditions: Vec::new(),
         }
     }
 

@@ -12,11 +12,11 @@ use std::thread::JoinHandle;
 
 use kvm_bindings::{CpuId, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::bus::Bus;
 use super::cpu::state::InitialState;
 use super::cpu::{self, CpuError};
+use super::event::{EventSender, MachineEvent};
 use super::gate::{Gate, Order};
 use super::power::{self, PowerRequest};
 
@@ -25,34 +25,6 @@ const STACK_BYTES: usize = 256 * 1024;
 
 /// No instruction makes more accesses: the longest, `rep outs`, stops at a page of data.
 const UNFINISHED_ACCESSES_MAX: usize = 4096;
-
-/// What a vCPU tells the event loop. It has parked itself.
-#[derive(Debug, PartialEq, Eq)]
-pub enum VcpuEvent {
-    Reset,
-    PowerOff,
-    /// The guest's processor gave up (KVM_EXIT_SHUTDOWN). A PC resets itself then, and so do we.
-    TripleFault,
-    /// The guest did what KVM can't go on from.
-    GuestFault(String),
-    /// KVM, or we, failed.
-    Failed(String),
-}
-
-/// Where vCPUs put their events.
-#[derive(Clone)]
-pub struct EventSender {
-    pub queue: mpsc::Sender<VcpuEvent>,
-    pub wake: Arc<EventFd>,
-}
-
-impl EventSender {
-    fn send(&self, event: VcpuEvent) {
-        // If the event loop is gone the process is about to end.
-        let _ = self.queue.send(event);
-        let _ = self.wake.write(1);
-    }
-}
 
 /// What all vCPUs share.
 #[derive(Clone)]
@@ -213,13 +185,13 @@ impl Vcpu {
                     None
                 }
                 Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => return Next::LookForOrders,
-                Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => Some(VcpuEvent::TripleFault),
-                Ok(other) => Some(VcpuEvent::GuestFault(format!("vCPU {}: {other:?}", self.index))),
+                Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => Some(MachineEvent::TripleFault),
+                Ok(other) => Some(MachineEvent::GuestFault(format!("vCPU {}: {other:?}", self.index))),
                 Err(error) if error.errno() == libc::EINTR => return Next::LookForOrders,
                 // A page of guest memory that a device of the host must fill isn't there yet, or an
                 // application processor waits for its start-up message.
                 Err(error) if error.errno() == libc::EAGAIN => None,
-                Err(error) => Some(VcpuEvent::Failed(format!("run vCPU {}: {error}", self.index))),
+                Err(error) => Some(MachineEvent::Failed(format!("run vCPU {}: {error}", self.index))),
             };
             if let Some(event) = event {
                 self.shared.events.send(event);
@@ -229,7 +201,7 @@ impl Vcpu {
     }
 
     fn fail(&self, message: &str) {
-        self.shared.events.send(VcpuEvent::Failed(format!("vCPU {}: {message}", self.index)));
+        self.shared.events.send(MachineEvent::Failed(format!("vCPU {}: {message}", self.index)));
     }
 }
 
@@ -240,11 +212,11 @@ enum Next {
 }
 
 /// A string instruction brings many accesses in one exit, `width` bytes each.
-fn port_write(pio: &Bus, port: u16, data: &[u8], width: usize) -> Option<VcpuEvent> {
+fn port_write(pio: &Bus, port: u16, data: &[u8], width: usize) -> Option<MachineEvent> {
     for access in data.chunks(width.max(1)) {
         match power::request(port, access) {
-            Some(PowerRequest::Reset) => return Some(VcpuEvent::Reset),
-            Some(PowerRequest::PowerOff) => return Some(VcpuEvent::PowerOff),
+            Some(PowerRequest::Reset) => return Some(MachineEvent::Reset),
+            Some(PowerRequest::PowerOff) => return Some(MachineEvent::PowerOff),
             None => {
                 pio.write(port.into(), access);
             }

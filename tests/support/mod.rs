@@ -66,15 +66,12 @@ impl Vm {
         };
         let launch = Launch {
             version: VERSION,
-            config: VmConfig {
-                name: name.clone(),
-                mark: format!("vmctl:test:VirtualMachine/{name}"),
-                vcpus: 1,
-                memory_bytes: 32 << 20,
-                boot: BootConfig { kernel_path: "kernel".into(), initrd_path: None, cmdline: cmdline.into() },
-                disks: Vec::new(),
-                nics: Vec::new(),
-            },
+            config: VmConfig::new(
+                &name,
+                format!("vmctl:test:VirtualMachine/{name}"),
+                32 << 20,
+                BootConfig::kernel("kernel", None, cmdline),
+            ),
             uid: id,
             gid: id,
             fds: vec![FdRole::Kvm, FdRole::Control, FdRole::ExitRecord, FdRole::ConsoleLog, FdRole::Kernel],
@@ -112,7 +109,8 @@ impl Vm {
     }
 
     pub fn initrd(mut self, initrd: File) -> Self {
-        self.launch.config.boot.initrd_path = Some("initrd".into());
+        let BootConfig::Kernel(boot) = &mut self.launch.config.boot else { panic!("a kernel's initrd") };
+        boot.initrd_path = Some("initrd".into());
         self.pass(FdRole::Initrd, initrd);
         self
     }
@@ -124,7 +122,7 @@ impl Vm {
     }
 
     pub fn nic(mut self, config: NicConfig, tap: File) -> Self {
-        self.pass(FdRole::Tap { nic: config.name.clone() }, tap);
+        self.pass(FdRole::Tap { nic: config.name.clone(), pair: 0 }, tap);
         self.launch.config.nics.push(config);
         self
     }

@@ -80,7 +80,9 @@ impl Vms {
         match response.map_err(|error| StepError::failed(what(), chain(&error)))? {
             Response::Done => Ok(()),
             Response::Error { message } => Err(StepError::failed(what(), message)),
-            Response::State(_) => Err(StepError::failed(what(), "the VM process gave the wrong answer")),
+            Response::State(_) | Response::Metrics(_) => {
+                Err(StepError::failed(what(), "the VM process gave the wrong answer"))
+            }
         }
     }
 

@@ -19,7 +19,7 @@ use crate::host::error::StepError;
 use crate::host::snapshot::{Capability, VmDefinition};
 use crate::name::{LinkName, Mark, ObjectName};
 use crate::vmm::client;
-use crate::vmm::config::VmConfig;
+use crate::vmm::config::{BootConfig, VmConfig};
 use crate::vmm::protocol::{FdRole, Launch, VERSION};
 
 /// VM processes run as users from here to 0x7fff_ffff. No distribution gives these out (systemd leaves
@@ -112,11 +112,15 @@ fn open_files(
     config: &VmConfig,
     what: &dyn Fn() -> String,
 ) -> Result<(Vec<FdRole>, Vec<OwnedFd>), StepError> {
-    let mut roles = vec![FdRole::Kvm, FdRole::Kernel];
-    let mut fds = vec![open_kvm(what)?, open_boot_file(&config.boot.kernel_path, "kernel", what)?];
-    if let Some(initrd) = &config.boot.initrd_path {
-        roles.push(FdRole::Initrd);
-        fds.push(open_boot_file(initrd, "initrd", what)?);
+    let mut roles = vec![FdRole::Kvm];
+    let mut fds = vec![open_kvm(what)?];
+    if let BootConfig::Kernel(boot) = &config.boot {
+        roles.push(FdRole::Kernel);
+        fds.push(open_boot_file(&boot.kernel_path, "kernel", what)?);
+        if let Some(initrd) = &boot.initrd_path {
+            roles.push(FdRole::Initrd);
+            fds.push(open_boot_file(initrd, "initrd", what)?);
+        }
     }
     for disk in &config.disks {
         roles.push(FdRole::Disk { name: disk.name.clone() });
@@ -167,7 +171,7 @@ fn open_taps(
 ) -> Result<(), StepError> {
     for nic in &definition.config.nics {
         let tap = LinkName::parse(&nic.tap).map_err(|error| StepError::failed(what(), error))?;
-        roles.push(FdRole::Tap { nic: nic.name.clone() });
+        roles.push(FdRole::Tap { nic: nic.name.clone(), pair: 0 });
         fds.push(open_tap(&tap, &definition.mark, what)?);
     }
     Ok(())

@@ -9,7 +9,7 @@ use crate::kinds::Context;
 use crate::kinds::action::{Action, Blocker, FieldChange, Impact, Verb};
 use crate::kinds::links;
 use crate::name::{ByteSize, LinkName, Mark, ObjectId};
-use crate::vmm::config::{NicConfig, VmConfig};
+use crate::vmm::config::{BootConfig, KernelBoot, NicConfig, VmConfig};
 use crate::vmm::protocol::ExitReason;
 
 /// How long a guest has to shut down where nothing was declared, in milliseconds.
@@ -385,9 +385,21 @@ fn config_changes(have: &VmConfig, want: &VmConfig) -> Vec<FieldChange> {
         Some(ByteSize(have.memory_bytes).to_string()),
         Some(ByteSize(want.memory_bytes).to_string()),
     );
-    differs("boot.kernel".into(), Some(have.boot.kernel_path.clone()), Some(want.boot.kernel_path.clone()));
-    differs("boot.initrd".into(), have.boot.initrd_path.clone(), want.boot.initrd_path.clone());
-    differs("boot.cmdline".into(), Some(have.boot.cmdline.clone()), Some(want.boot.cmdline.clone()));
+    let kernel = |config: &VmConfig| match &config.boot {
+        BootConfig::Kernel(boot) => Some(boot.clone()),
+        BootConfig::Disk(_) => None,
+    };
+    let (from, to) = (kernel(have), kernel(want));
+    let of = |field: fn(&KernelBoot) -> Option<String>| {
+        (from.as_ref().and_then(field), to.as_ref().and_then(field))
+    };
+    for (name, (from, to)) in [
+        ("boot.kernel", of(|boot| Some(boot.kernel_path.clone()))),
+        ("boot.initrd", of(|boot| boot.initrd_path.clone())),
+        ("boot.cmdline", of(|boot| Some(boot.cmdline.clone()))),
+    ] {
+        differs(name.into(), from, to);
+    }
     let disk = |config: &VmConfig, name: &str| {
         let disk = config.disks.iter().find(|disk| disk.name == name)?;
         Some(format!("{}{}", disk.path, if disk.read_only { " (read-only)" } else { "" }))

@@ -9,7 +9,9 @@ use crate::kinds::storage_pool::compare::resolve;
 use crate::kinds::volume::Content;
 use crate::kinds::{Context, volume::Volume};
 use crate::name::{LinkName, MacAddress, Mark, ObjectName, SetName};
-use crate::vmm::config::{BackingConfig, BootConfig, DiskConfig, DiskFormat, NicConfig, VmConfig};
+use crate::vmm::config::{
+    BackingConfig, BootConfig, DiskConfig, DiskFormat, MachineKind, NicConfig, VmConfig,
+};
 
 /// FNV-1a: stable for all time, which the names and addresses made from it must be.
 fn stable_hash(parts: &[&str]) -> u64 {
@@ -69,25 +71,22 @@ pub fn define(
         bridges.push(bridge.link_name(&nic.bridge).map_err(|error| Blocker::new(error.to_string()))?);
         let mac = nic.mac_address.unwrap_or_else(|| default_mac(&mark.set, vm, &nic.name));
         nics.push(NicConfig {
-            name: nic.name.clone(),
-            tap: tap_name(vm, &nic.name).to_string(),
-            mac_address: mac.to_string(),
             mtu: u16::try_from(bridge.mtu).unwrap_or(u16::MAX),
+            ..NicConfig::new(&nic.name, tap_name(vm, &nic.name).to_string(), mac.to_string())
         });
     }
     let disks = want.disks.iter().map(|disk| define_disk(disk, context)).collect::<Result<_, _>>()?;
+    let boot = BootConfig::kernel(
+        text(&want.boot.kernel)?,
+        want.boot.initrd.as_deref().map(text).transpose()?,
+        &want.boot.cmdline,
+    );
     let config = VmConfig {
-        name: vm.to_string(),
-        mark: mark.to_string(),
+        machine: MachineKind::Micro,
         vcpus: want.cpus,
-        memory_bytes: want.memory.0,
-        boot: BootConfig {
-            kernel_path: text(&want.boot.kernel)?,
-            initrd_path: want.boot.initrd.as_deref().map(text).transpose()?,
-            cmdline: want.boot.cmdline.clone(),
-        },
         disks,
         nics,
+        ..VmConfig::new(vm.as_str(), mark.to_string(), want.memory.0, boot)
     };
     Ok(VmDefinition { mark, config, bridges, run_strategy: want.run_strategy })
 }
@@ -108,11 +107,9 @@ fn define_disk(disk: &super::Disk, context: &Context) -> Result<DiskConfig, Bloc
         None => declared_backing(volume, pool_path, context)?,
     };
     Ok(DiskConfig {
-        name: disk.name.clone(),
-        path: text(&volume.path(&disk.volume, pool_path))?,
-        format: volume.format,
         read_only: disk.read_only,
         backing,
+        ..DiskConfig::new(&disk.name, text(&volume.path(&disk.volume, pool_path))?, volume.format)
     })
 }
 

@@ -10,7 +10,7 @@ use crate::host::snapshot::RunStrategy;
 use crate::kinds::storage_pool::wire::parse_path;
 use crate::kinds::{Problems, SpecProblem};
 use crate::name::{ByteSize, MacAddress, ObjectName};
-use crate::vmm::config::{DEVICES_MAX, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN};
+use crate::vmm::config::{MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, MICRO_DEVICES_MAX as DEVICES_MAX};
 
 /// A guest: a process of the host, with a thread for each vCPU.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]

@@ -27,11 +27,13 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::vmm::transport::{ActivateError, Activation};
 
 /// What a device thread is for: the key to its seccomp filter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ThreadRole {
     Block,
     Net,
     Entropy,
+    Balloon,
+    Vsock,
 }
 
 /// What any of our threads needs: event descriptors, waiting, the allocator, a panic's message, its end.
@@ -78,13 +80,15 @@ pub fn share_one_heap() {
 }
 
 impl ThreadRole {
+    pub const ALL: [Self; 5] = [Self::Block, Self::Net, Self::Entropy, Self::Balloon, Self::Vsock];
+
     /// Every system call that a thread of this role makes after its hook; `ioctl` only with the
     /// requests of [`Self::ioctls`].
     pub fn system_calls(self) -> impl Iterator<Item = libc::c_long> {
         let own: &[libc::c_long] = match self {
             Self::Block => super::block::SYSTEM_CALLS,
             Self::Net => super::net::SYSTEM_CALLS,
-            Self::Entropy => &[],
+            Self::Entropy | Self::Balloon | Self::Vsock => &[],
         };
         COMMON_SYSTEM_CALLS.iter().chain(own).copied()
     }
@@ -93,7 +97,7 @@ impl ThreadRole {
     pub fn ioctls(self) -> &'static [u64] {
         match self {
             Self::Net => super::net::IOCTLS,
-            Self::Block | Self::Entropy => &[],
+            Self::Block | Self::Entropy | Self::Balloon | Self::Vsock => &[],
         }
     }
 }

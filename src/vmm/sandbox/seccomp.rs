@@ -140,9 +140,7 @@ const VCPU_IOCTLS: &[u32] = &[
 pub struct Filters {
     event_loop: BpfProgram,
     vcpu: Arc<BpfProgram>,
-    block: Arc<BpfProgram>,
-    net: Arc<BpfProgram>,
-    entropy: Arc<BpfProgram>,
+    devices: Arc<BTreeMap<ThreadRole, BpfProgram>>,
 }
 
 impl Filters {
@@ -151,21 +149,21 @@ impl Filters {
         Ok(Self {
             event_loop: build(EVENT_LOOP, &[KVM_SET_IRQCHIP, TUNGETIFF])?,
             vcpu: Arc::new(build(&[], VCPU_IOCTLS)?),
-            block: Arc::new(for_device(ThreadRole::Block, mode)?),
-            net: Arc::new(for_device(ThreadRole::Net, mode)?),
-            entropy: Arc::new(for_device(ThreadRole::Entropy, mode)?),
+            devices: Arc::new(
+                ThreadRole::ALL
+                    .into_iter()
+                    .map(|role| Ok((role, for_device(role, mode)?)))
+                    .collect::<Result<_, SandboxError>>()?,
+            ),
         })
     }
 
     /// The hook for device threads.
     pub fn for_devices(&self) -> ThreadStart {
-        let (block, net, entropy) = (self.block.clone(), self.net.clone(), self.entropy.clone());
-        Arc::new(move |role| {
-            install(match role {
-                ThreadRole::Block => &block,
-                ThreadRole::Net => &net,
-                ThreadRole::Entropy => &entropy,
-            })
+        let filters = self.devices.clone();
+        Arc::new(move |role| match filters.get(&role) {
+            Some(filter) => install(filter),
+            None => Err(io::Error::other(format!("no seccomp filter for {role:?}"))),
         })
     }
 

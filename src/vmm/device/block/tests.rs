@@ -61,13 +61,7 @@ impl Drop for Scratch {
 }
 
 fn config(path: &str, format: DiskFormat) -> DiskConfig {
-    DiskConfig {
-        name: "root-disk-with-a-long-name".into(),
-        path: path.into(),
-        format,
-        read_only: false,
-        backing: Vec::new(),
-    }
+    DiskConfig::new("root-disk-with-a-long-name", path, format)
 }
 
 fn open_rw(path: &str) -> OwnedFd {

@@ -84,7 +84,7 @@ impl Peer {
 }
 
 fn config(name: &str) -> NicConfig {
-    NicConfig { name: "lan".into(), tap: name.into(), mac_address: "52:54:00:12:34:56".into(), mtu: 1450 }
+    NicConfig { mtu: 1450, ..NicConfig::new("lan", name, "52:54:00:12:34:56") }
 }
 
 fn frame(len: usize, seed: u8) -> Vec<u8> {
