@@ -13,6 +13,7 @@
 pub mod block;
 mod buffers;
 pub mod entropy;
+pub mod limiter;
 pub mod net;
 mod queue;
 #[cfg(test)]
