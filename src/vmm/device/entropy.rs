@@ -103,7 +103,7 @@ impl Service for EntropyService {
     fn sources(&self) -> Sources<'_> {
         let Some(active) = &self.active else { return Sources::default() };
         Sources {
-            fds: [Some((active.queue.kick_fd(), PollFlags::IN)), None, None],
+            fds: [Some((active.queue.kick_fd(), PollFlags::IN)), None, None, None],
             timeout: active.again.then_some(std::time::Duration::ZERO),
         }
     }

@@ -108,7 +108,7 @@ pub type ThreadStart = Arc<dyn Fn(ThreadRole) -> io::Result<()> + Send + Sync>;
 const STACK_BYTES: usize = 256 * 1024;
 const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Most descriptors that a service can wait on beside its mailbox.
-pub(super) const SOURCES_MAX: usize = 3;
+pub(super) const SOURCES_MAX: usize = 4;
 
 /// What a service waits for.
 #[derive(Default)]
@@ -278,12 +278,15 @@ fn run<S: Service>(service: &mut S, mailbox: &mpsc::Receiver<Message<S::Command>
 fn wait<S: Service>(service: &S, wake: &EventFd) -> Result<[bool; SOURCES_MAX], rustix::io::Errno> {
     let sources = service.sources();
     let wake_fd = event_fd(wake);
-    let slot = |index: usize| match &sources.fds[index] {
-        Some((fd, flags)) => PollFd::from_borrowed_fd(*fd, *flags),
+    let mut fds: [PollFd<'_>; 1 + SOURCES_MAX] = std::array::from_fn(|slot| {
+        let source = match slot.checked_sub(1) {
+            None => Some((wake_fd, PollFlags::IN)),
+            Some(index) => sources.fds[index],
+        };
         // A slot that watches for nothing new: the mailbox's descriptor, without events.
-        None => PollFd::from_borrowed_fd(wake_fd, PollFlags::empty()),
-    };
-    let mut fds = [PollFd::from_borrowed_fd(wake_fd, PollFlags::IN), slot(0), slot(1), slot(2)];
+        let (fd, flags) = source.unwrap_or((wake_fd, PollFlags::empty()));
+        PollFd::from_borrowed_fd(fd, flags)
+    });
     let timeout = sources.timeout.map(|timeout| Timespec {
         tv_sec: timeout.as_secs() as i64,
         tv_nsec: i64::from(timeout.subsec_nanos()) as _,
@@ -292,7 +295,7 @@ fn wait<S: Service>(service: &S, wake: &EventFd) -> Result<[bool; SOURCES_MAX], 
     if !fds[0].revents().is_empty() {
         let _ = wake.read();
     }
-    Ok([1, 2, 3].map(|index| !fds[index].revents().is_empty()))
+    Ok(std::array::from_fn(|index| !fds[1 + index].revents().is_empty()))
 }
 
 /// A borrowed view of an event file descriptor for [`Sources`].

@@ -14,6 +14,16 @@ use super::memory::GuestMemory;
 pub trait Interrupt: Send + Sync {
     /// Used buffers were added to this queue.
     fn signal_queue(&self, queue_index: u16);
+    /// An event to which a write does what [`Self::signal_queue`] does, for the kernel to raise this
+    /// queue's interrupt with no thread of ours between (vhost's call). It stays good until the
+    /// device's next reset: while the interrupt is masked a write leaves it pending, and if the driver
+    /// gives the queue another vector it is for the transport to lead the event there.
+    ///
+    /// `None`: an interrupt takes more than an event (MMIO's status bit). Then the device has to watch
+    /// an event of its own and to signal the queue.
+    fn queue_event(&self, _queue_index: u16) -> Option<Arc<EventFd>> {
+        None
+    }
     /// The device's configuration space changed.
     fn signal_config(&self);
     /// The device can't go on (its driver broke a ring): sets DEVICE_NEEDS_RESET and tells the driver.

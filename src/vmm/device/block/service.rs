@@ -120,7 +120,7 @@ impl Service for BlockService {
     fn sources(&self) -> Sources<'_> {
         let Some(active) = &self.active else { return Sources::default() };
         Sources {
-            fds: [Some((active.queue.kick_fd(), PollFlags::IN)), None, None],
+            fds: [Some((active.queue.kick_fd(), PollFlags::IN)), None, None, None],
             timeout: active.again.then_some(Duration::ZERO),
         }
     }
