@@ -8,6 +8,7 @@ pub mod acpi;
 pub mod boot;
 pub mod bus;
 pub mod client;
+pub mod conditions;
 pub mod config;
 pub mod console;
 pub mod control;

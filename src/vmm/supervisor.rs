@@ -10,12 +10,15 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{Timespec, epoll::Event as EpollEvent};
 
+use super::conditions::Conditions;
 use super::config::VmConfig;
 use super::console::Log;
 use super::control::{Clients, Received};
 use super::event::MachineEvent;
 use super::machine::{Machine, MachineError, Signals, source_of};
-use super::protocol::{Event, ExitReason, ExitRecord, Phase, Response, VERSION, Verb, VmState};
+use super::protocol::{
+    ConditionKind, Event, ExitReason, ExitRecord, Phase, Response, VERSION, Verb, VmState,
+};
 
 const LISTENER: u64 = 0;
 const MACHINE_EVENT: u64 = 1;
@@ -54,7 +57,11 @@ pub struct Supervisor {
     clients: Clients,
     console_log: Option<Log>,
     termination: OwnedFd,
+    /// What clients asked for last: whether the guest should run.
+    wanted: Phase,
+    /// What it does. A guest that should run is paused while the storage below a disk is full.
     phase: Phase,
+    conditions: Conditions,
     started: Instant,
     /// Of the guest: the process's start or its last reset.
     booted: Instant,
@@ -103,7 +110,9 @@ impl Supervisor {
             clients,
             console_log: outside.console_log,
             termination: outside.termination,
+            wanted: Phase::Paused,
             phase: Phase::Paused,
+            conditions: Conditions::default(),
             started: now,
             booted: now,
             reboots: 0,
@@ -118,7 +127,7 @@ impl Supervisor {
     /// Lets the guest run for the first time.
     pub fn start(&mut self) -> Result<(), MachineError> {
         self.machine.resume()?;
-        self.phase = Phase::Running;
+        (self.wanted, self.phase) = (Phase::Running, Phase::Running);
         (self.started, self.booted) = (Instant::now(), Instant::now());
         Ok(())
     }
@@ -254,10 +263,18 @@ impl Supervisor {
             }
             MachineEvent::GuestFault(message) => Err(End::new(ExitReason::GuestFault, message)),
             MachineEvent::Failed(message) => Err(End::new(ExitReason::Internal, message)),
-            MachineEvent::GuestPanicked { .. }
-            | MachineEvent::Ejected { .. }
-            | MachineEvent::DiskFull { .. }
-            | MachineEvent::DiskHasRoom { .. } => Ok(()),
+            MachineEvent::DiskFull { disk } => {
+                let message = format!("the storage below disk {disk} is full: a write waits for room");
+                let event = self.conditions.raise(ConditionKind::DiskFull, Some(&disk), message);
+                self.announce(event);
+                self.settle()
+            }
+            MachineEvent::DiskHasRoom { disk } => {
+                let event = self.conditions.clear(ConditionKind::DiskFull, Some(&disk));
+                self.announce(event);
+                self.settle()
+            }
+            MachineEvent::GuestPanicked { .. } | MachineEvent::Ejected { .. } => Ok(()),
         }
     }
 
@@ -272,11 +289,37 @@ impl Supervisor {
         }
         self.reboots += 1;
         self.booted = Instant::now();
+        // The write that waited for room went with the guest that asked for it.
+        let over = self.conditions.clear_all(ConditionKind::DiskFull);
+        self.announce(over);
         if self.phase == Phase::Running {
             self.machine.resume()?;
         }
         self.clients.announce(&Event::Rebooted);
+        self.settle()
+    }
+
+    /// Lets the guest run or holds it, as is wanted and possible now.
+    fn settle(&mut self) -> Result<(), End> {
+        let phase = match self.conditions.any(ConditionKind::DiskFull) {
+            true => Phase::Paused,
+            false => self.wanted,
+        };
+        if phase != self.phase {
+            match phase {
+                Phase::Running => self.machine.resume()?,
+                _ => self.machine.pause()?,
+            }
+            self.phase = phase;
+            self.clients.announce(&Event::Phase(phase));
+        }
         Ok(())
+    }
+
+    fn announce(&mut self, events: impl IntoIterator<Item = Event>) {
+        for event in events {
+            self.clients.announce(&event);
+        }
     }
 
     fn client_event(&mut self, client: u64, flags: EventFlags) -> Result<(), End> {
@@ -307,13 +350,13 @@ impl Supervisor {
                 return Err(End::new(ExitReason::Stopped, "stopped on request"));
             }
             Verb::Pause => {
-                self.machine.pause()?;
-                self.set_phase(Phase::Paused);
+                self.wanted = Phase::Paused;
+                self.settle()?;
                 Response::Done
             }
             Verb::Resume => {
-                self.machine.resume()?;
-                self.set_phase(Phase::Running);
+                self.wanted = Phase::Running;
+                self.settle()?;
                 Response::Done
             }
             Verb::Reboot => {
@@ -346,13 +389,6 @@ impl Supervisor {
         Ok(())
     }
 
-    fn set_phase(&mut self, phase: Phase) {
-        if self.phase != phase {
-            self.phase = phase;
-            self.clients.announce(&Event::Phase(phase));
-        }
-    }
-
     fn state(&self) -> VmState {
         VmState {
             version: VERSION,
@@ -364,7 +400,7 @@ impl Supervisor {
             reboots: self.reboots,
             config: self.config.clone(),
             disk_capacity_bytes: self.machine.disk_capacity_bytes(),
-            conditions: Vec::new(),
+            conditions: self.conditions.list(),
         }
     }
 
