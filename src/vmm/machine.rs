@@ -166,7 +166,7 @@ impl Built {
             }
         }
         let vm = kvm_fd.create_vm().map_err(kvm("create the VM"))?;
-        let memory = memory::create(&layout::ram_ranges(config.memory_bytes))?;
+        let memory = memory::create_of(&layout::ram_ranges(config.memory_bytes), config.memory)?;
         register_memory(&vm, &memory)?;
         vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(kvm("place KVM's identity map"))?;
         vm.set_tss_address(layout::KVM_TSS).map_err(kvm("place KVM's task state segment"))?;

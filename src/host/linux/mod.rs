@@ -5,6 +5,7 @@
 
 pub mod capability;
 pub mod events;
+mod hugepages;
 mod link_failure;
 mod link_messages;
 mod link_owner;

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use sha2::Digest as _;
 
+use super::hugepages;
 use super::links;
 use super::netlink::Netlink;
 use super::ofd::{self, Lock};
@@ -64,6 +65,12 @@ pub fn start(
         Ok(false) => return Err(failed(&"another process of it has just been started")),
         Err(errno) => return Err(failed(&format!("lock its console log: {}", io::Error::from(errno)))),
     }
+
+    hugepages::check(&definition.config).map_err(|shortage| StepError::Failed {
+        what: what(),
+        why: shortage.why,
+        hint: Some(shortage.hint),
+    })?;
 
     // First all that can fail without a trace.
     let (mut roles, mut fds) = open_files(&definition.config, &what)?;
