@@ -10,6 +10,7 @@
 //! is answered with an error or completed with nothing written; a ring that makes no sense sets
 //! DEVICE_NEEDS_RESET. Neither harms more than the guest's own device.
 
+pub mod balloon;
 pub mod block;
 mod buffers;
 pub mod entropy;
