@@ -1,6 +1,7 @@
 //! The last words of a VM process: the exit record, also after a panic.
 
 use std::fs::File;
+use std::os::fd::{AsRawFd as _, RawFd};
 use std::os::unix::fs::FileExt as _;
 use std::sync::OnceLock;
 
@@ -19,6 +20,11 @@ pub fn install(record: File) {
         // SAFETY: _exit has no preconditions.
         unsafe { libc::_exit(1) }
     }));
+}
+
+/// For a signal handler, which writes it without an allocation.
+pub fn record_fd() -> Option<RawFd> {
+    RECORD.get().map(|file| file.as_raw_fd())
 }
 
 /// Writes the record, last of all, and ends the process.

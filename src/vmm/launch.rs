@@ -1,8 +1,8 @@
 //! The birth of a VM process: from the launcher's child to a daemon that runs a guest in its sandbox.
 //!
 //! ```text
-//!   exec ─▶ fork, setsid, fork ─▶ receive the launch ─▶ drop privileges ─▶ build the machine
-//!        ─▶ threads, each with its filter ─▶ listen ─▶ own filter ─▶ vCPUs run ─▶ "launched"
+//!   exec ─▶ fork, setsid, fork ─▶ receive the launch ─▶ drop privileges ─▶ first filter
+//!        ─▶ build the machine ─▶ threads, each with its filter ─▶ listen ─▶ own filter ─▶ vCPUs run ─▶ "launched"
 //! ```
 
 use std::collections::HashMap;
@@ -21,7 +21,7 @@ use super::exit;
 use super::machine::{Built, MachineError, MachineFiles, source_of};
 use super::packet::{self, PacketError};
 use super::protocol::{FdRole, LAUNCH_FD, Launch, LaunchReply, VERSION};
-use super::sandbox::{self, Filters, SandboxError};
+use super::sandbox::{self, Filters, SandboxError, Spawner};
 use super::supervisor::{Outside, Supervisor};
 use super::vcpu;
 
@@ -126,14 +126,16 @@ fn launch(socket: &OwnedFd, mode: sandbox::Mode) -> Result<Supervisor, LaunchFai
     sandbox::drop_privileges(launch.uid, launch.gid)?;
     let termination = sandbox::block_signals().map_err(io("block signals"))?;
     vcpu::install_kick_handler().map_err(io("install the kick's signal handler"))?;
-    let filters = Filters::compile(mode)?;
-    let (built, signals) = Built::new(&launch.config, files.machine, &filters.for_devices())?;
+    let filters = Filters::enter_building(mode)?;
+    let devices = filters.for_devices();
+    let spawner = Spawner::start(devices.clone()).map_err(io("start the spawner's thread"))?;
+    let (built, signals) = Built::new(&launch.config, files.machine, &devices)?;
     let machine = built.start(filters.for_vcpus())?;
     let console_log = match files.console_log {
         Some(fd) => Some(Log::new(fd, LOG_BYTES_MAX).map_err(io("use the console's log"))?),
         None => None,
     };
-    let outside = Outside { control: files.control, console_log, termination };
+    let outside = Outside { control: files.control, console_log, termination, spawner };
     let mut supervisor = Supervisor::new(launch.config, machine, signals, outside)
         .map_err(io("listen on the control socket"))?;
     filters.enter_event_loop().map_err(io("install the event loop's seccomp filter"))?;

@@ -19,6 +19,7 @@ use super::machine::{Machine, MachineError, Signals, source_of};
 use super::protocol::{
     ConditionKind, Event, ExitReason, ExitRecord, Phase, Response, VERSION, Verb, VmState,
 };
+use super::sandbox::Spawner;
 
 const LISTENER: u64 = 0;
 const MACHINE_EVENT: u64 = 1;
@@ -47,6 +48,8 @@ pub struct Outside {
     pub console_log: Option<Log>,
     /// Readable when the process was asked to end (SIGTERM).
     pub termination: OwnedFd,
+    /// Makes devices while the loop runs, which itself can make no thread.
+    pub spawner: Spawner,
 }
 
 pub struct Supervisor {
@@ -57,6 +60,8 @@ pub struct Supervisor {
     clients: Clients,
     console_log: Option<Log>,
     termination: OwnedFd,
+    #[allow(dead_code, reason = "hot-plug comes with PCI")]
+    spawner: Spawner,
     /// What clients asked for last: whether the guest should run.
     wanted: Phase,
     /// What it does. A guest that should run is paused while the storage below a disk is full.
@@ -110,6 +115,7 @@ impl Supervisor {
             clients,
             console_log: outside.console_log,
             termination: outside.termination,
+            spawner: outside.spawner,
             wanted: Phase::Paused,
             phase: Phase::Paused,
             conditions: Conditions::default(),

@@ -37,7 +37,7 @@ pub enum ThreadRole {
 }
 
 /// What any of our threads needs: event descriptors, waiting, the allocator, a panic's message, its end.
-const COMMON_SYSTEM_CALLS: &[libc::c_long] = &[
+pub const COMMON_SYSTEM_CALLS: &[libc::c_long] = &[
     libc::SYS_brk,
     libc::SYS_clock_gettime,
     libc::SYS_close,
@@ -59,12 +59,10 @@ const COMMON_SYSTEM_CALLS: &[libc::c_long] = &[
     libc::SYS_ppoll,
     libc::SYS_read,
     libc::SYS_restart_syscall,
-    libc::SYS_rt_sigaction,
     libc::SYS_rt_sigprocmask,
     libc::SYS_rt_sigreturn,
     libc::SYS_sched_yield,
     libc::SYS_sigaltstack,
-    libc::SYS_tgkill,
     libc::SYS_write,
 ];
 

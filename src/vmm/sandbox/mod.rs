@@ -3,9 +3,11 @@
 
 mod process;
 mod seccomp;
+mod spawner;
 
 pub use process::{Side, block_signals, daemonise, drop_privileges};
 pub use seccomp::{Filters, Mode};
+pub use spawner::Spawner;
 
 use std::io;
 
