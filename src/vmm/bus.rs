@@ -1,10 +1,10 @@
 //! The buses: which device answers at an address. Port I/O and MMIO each have one.
 //!
-//! A bus is filled before the first vCPU runs and never changes after, so that a lookup takes no
-//! lock; only the device that answers is locked.
+//! Devices come and go while vCPUs run (a PCI device is plugged in, a BAR is moved), so a lookup takes a
+//! read lock, but only for the lookup: while a device answers, none but its own lock is held.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 /// A device on a bus. Offsets are relative to the start of its range; `data` is 1 to 8 bytes, and
 /// what the guest sends is hostile: an access that makes no sense reads as zeroes and writes nothing.
@@ -28,7 +28,7 @@ struct Slot {
 #[derive(Default)]
 pub struct Bus {
     /// By start. Ranges never overlap.
-    slots: BTreeMap<u64, Slot>,
+    slots: RwLock<BTreeMap<u64, Slot>>,
 }
 
 impl Bus {
@@ -37,20 +37,23 @@ impl Bus {
     }
 
     /// The device answers at `start..start + length`.
-    pub fn insert(
-        &mut self,
-        start: u64,
-        length: u64,
-        device: Arc<Mutex<dyn BusDevice>>,
-    ) -> Result<(), BusError> {
+    pub fn insert(&self, start: u64, length: u64, device: Arc<Mutex<dyn BusDevice>>) -> Result<(), BusError> {
         let refused = BusError { start, length };
         let Some(end) = start.checked_add(length).filter(|&end| end > start) else { return Err(refused) };
-        let before = self.slots.range(..end).next_back();
+        // Nothing panics while it holds the lock, and a panic ends the process.
+        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        let before = slots.range(..end).next_back();
         if before.is_some_and(|(&other, slot)| other + slot.length > start) {
             return Err(refused);
         }
-        self.slots.insert(start, Slot { length, device });
+        slots.insert(start, Slot { length, device });
         Ok(())
+    }
+
+    /// Takes away the device whose range starts there. An access that has already found it may still
+    /// reach it.
+    pub fn remove(&self, start: u64) {
+        self.slots.write().unwrap_or_else(PoisonError::into_inner).remove(&start);
     }
 
     /// Reads `data.len()` bytes. Where nothing answers, all ones are read, as from a real bus; so says
@@ -73,11 +76,12 @@ impl Bus {
     }
 
     /// The device that answers all of the access; one that straddles an end has no device.
-    fn find(&self, address: u64, length: usize) -> Option<(u64, &Mutex<dyn BusDevice>)> {
-        let (&start, slot) = self.slots.range(..=address).next_back()?;
+    fn find(&self, address: u64, length: usize) -> Option<(u64, Arc<Mutex<dyn BusDevice>>)> {
+        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        let (&start, slot) = slots.range(..=address).next_back()?;
         let offset = address - start;
         let end = offset.checked_add(length as u64)?;
-        (end <= slot.length).then_some((offset, &*slot.device))
+        (end <= slot.length).then(|| (offset, slot.device.clone()))
     }
 }
 
@@ -101,7 +105,7 @@ mod tests {
     }
 
     fn bus_with(ranges: &[(u64, u64)]) -> (Bus, Vec<Arc<Mutex<Recorder>>>) {
-        let mut bus = Bus::new();
+        let bus = Bus::new();
         let mut devices = Vec::new();
         for &(start, length) in ranges {
             let device = Arc::new(Mutex::new(Recorder::default()));
@@ -137,7 +141,7 @@ mod tests {
 
     #[test]
     fn ranges_neither_overlap_nor_overflow() {
-        let (mut bus, _) = bus_with(&[(0x100, 0x10)]);
+        let (bus, _) = bus_with(&[(0x100, 0x10)]);
         for (start, length) in
             [(0x100, 1), (0x10f, 1), (0xf8, 9), (0, 0x1000), (0x104, 2), (0x200, 0), (u64::MAX, 2)]
         {
@@ -146,5 +150,8 @@ mod tests {
         }
         let device = Arc::new(Mutex::new(Recorder::default()));
         bus.insert(0x110, 0x10, device).unwrap();
+        bus.remove(0x100);
+        assert!(!bus.write(0x100, &[1]) && bus.write(0x110, &[1]));
+        bus.insert(0x100, 0x10, Arc::new(Mutex::new(Recorder::default()))).unwrap();
     }
 }

@@ -297,7 +297,7 @@ fn wait<S: Service>(service: &S, wake: &EventFd) -> Result<[bool; SOURCES_MAX], 
 }
 
 /// A borrowed view of an event file descriptor for [`Sources`].
-pub(super) fn event_fd(event: &EventFd) -> BorrowedFd<'_> {
+pub(in crate::vmm) fn event_fd(event: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the descriptor stays open as long as `event` is borrowed.
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }

@@ -5,7 +5,9 @@ use proptest::prelude::*;
 use super::*;
 use crate::vmm::device::entropy::Entropy;
 use crate::vmm::device::testing::{Driver, HIGH_BYTES, HIGH_START, LOW_BYTES, WRITE, memory, sandbox_hook};
-use crate::vmm::transport::ActivateError;
+use crate::vmm::transport::driver::TRANSPORT_FEATURES;
+use crate::vmm::transport::{ActivateError, Activation};
+use virtio_queue::QueueT;
 
 /// What happened to a [`Recorder`].
 #[derive(Default)]
