@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use support::Vm;
-use vmctl::vmm::config::{DiskConfig, DiskFormat, NicConfig};
+use vmctl::vmm::config::{DiskConfig, DiskFormat, MachineKind, NicConfig};
 
 #[derive(Default)]
 struct Options {
@@ -41,6 +41,7 @@ struct Options {
     repeat: usize,
     timeout_s: u64,
     quiet: bool,
+    micro: bool,
     power_button: bool,
     program: PathBuf,
 }
@@ -76,6 +77,7 @@ fn options() -> Options {
             "--repeat" => options.repeat = value().parse().unwrap(),
             "--timeout" => options.timeout_s = value().parse().unwrap(),
             "--program" => options.program = value().into(),
+            "--micro" => options.micro = true,
             "--quiet" => options.quiet = true,
             "--power-button" => options.power_button = true,
             other => panic!("unknown option {other}"),
@@ -88,6 +90,9 @@ fn machine(options: &Options) -> Vm {
     let mut vm = Vm::new(File::open(&options.kernel).expect("open the kernel"), &options.cmdline)
         .vcpus(options.vcpus)
         .memory_bytes(options.memory_mib << 20);
+    if options.micro {
+        vm.launch.config.machine = MachineKind::Micro;
+    }
     if let Some(initrd) = &options.initrd {
         vm = vm.initrd(File::open(initrd).expect("open the initrd"));
     }

@@ -16,7 +16,9 @@
 //!               │ initrd, at the top           │
 //!  ≤ 3 GiB      ├──────────────────────────────┤
 //!               │ gap                          │
-//!  0xd000_0000  │   virtio-mmio, 16 × 4 KiB    │
+//!  0xc000_0000  │   PCI BARs                   │  (machine pci)
+//!  0xd000_0000  │   virtio-mmio, 16 × 4 KiB    │  (machine micro)
+//!  0xe000_0000  │   PCI configuration (ECAM)   │
 //!  0xfec0_0000  │   IO-APIC                    │
 //!  0xfee0_0000  │   local APICs                │
 //!  0xfffb_c000  │   KVM's own pages (Intel)    │
@@ -47,6 +49,18 @@ pub const ACPI_END: u64 = 0xf_0000;
 pub const RESET_VECTOR: u64 = 0xf_fff0;
 pub const KERNEL_MIN: u64 = 0x10_0000;
 
+/// Where BARs may be, below the MMIO transport's registers.
+pub const PCI_MEMORY_START: u64 = GAP_START;
+pub const PCI_MEMORY_END: u64 = 0xd000_0000;
+/// Configuration space of bus 0.
+pub const PCI_ECAM_START: u64 = 0xe000_0000;
+/// The slots of disks, from here up; then those of NICs, then those of what every machine has or that
+/// never comes or goes. A slot that is taken is passed over.
+pub const PCI_FIRST_DISK_SLOT: u8 = 1;
+pub const PCI_FIRST_NIC_SLOT: u8 = 14;
+pub const PCI_LAST_HOTPLUG_SLOT: u8 = super::config::DEVICES_MAX as u8;
+pub const PCI_FIRST_FIXED_SLOT: u8 = 28;
+
 pub const VIRTIO_MMIO_START: u64 = 0xd000_0000;
 pub const VIRTIO_MMIO_BYTES: u64 = 0x1000;
 pub const VIRTIO_SLOTS: usize = super::config::MICRO_DEVICES_MAX + 4;
@@ -62,8 +76,11 @@ pub const SERIAL_PORTS: u16 = 8;
 /// Global system interrupts: inputs of the one IO-APIC, all edge-triggered.
 pub const SERIAL_GSI: u32 = 4;
 pub const POWER_BUTTON_GSI: u32 = 5;
+pub const PCI_HOTPLUG_GSI: u32 = 6;
 pub const VIRTIO_FIRST_GSI: u32 = 8;
 pub const IO_APIC_INPUTS: u32 = 24;
+/// Messages have the GSIs behind the IO-APIC's: so many for each slot.
+pub const PCI_FIRST_GSI: u32 = IO_APIC_INPUTS;
 
 const _: () = assert!(VIRTIO_FIRST_GSI as usize + VIRTIO_SLOTS <= IO_APIC_INPUTS as usize);
 
@@ -75,6 +92,16 @@ pub fn virtio_address(slot: usize) -> u64 {
 /// Of the virtio device in this slot.
 pub fn virtio_gsi(slot: usize) -> u32 {
     VIRTIO_FIRST_GSI + slot as u32
+}
+
+/// Where the machine puts the BAR of the function in this slot.
+pub fn pci_bar_address(slot: u8) -> u32 {
+    PCI_MEMORY_START as u32 + u32::from(slot) * super::transport::pci::BAR_BYTES
+}
+
+/// Of the first vector of the function in this slot.
+pub fn pci_first_gsi(slot: u8) -> u32 {
+    PCI_FIRST_GSI + u32::from(slot) * u32::from(super::transport::pci::VECTORS_MAX)
 }
 
 /// The ranges of RAM (start, length): one, or two around the gap.
@@ -101,6 +128,8 @@ pub fn memory_map(memory_bytes: u64) -> Vec<(u64, u64, RangeKind)> {
         (LOW_RAM_END, KERNEL_MIN - LOW_RAM_END, RangeKind::Reserved),
         (KERNEL_MIN, memory_bytes.min(GAP_START) - KERNEL_MIN, RangeKind::Ram),
     ];
+    // Linux uses ECAM only where firmware has reserved it.
+    map.push((PCI_ECAM_START, super::pci::root::ECAM_BYTES, RangeKind::Reserved));
     if memory_bytes > GAP_START {
         map.push((HIGH_RAM_START, memory_bytes - GAP_START, RangeKind::Ram));
     }
@@ -123,7 +152,8 @@ mod tests {
     fn the_memory_map_covers_all_ram_once() {
         for memory_bytes in [16 << 20, 1 << 30, GAP_START, 5 << 30, 64 << 30] {
             let map = memory_map(memory_bytes);
-            let total: u64 = map.iter().map(|&(_, length, _)| length).sum();
+            let ram = |&&(start, ..): &&(u64, u64, RangeKind)| start != PCI_ECAM_START;
+            let total: u64 = map.iter().filter(ram).map(|&(_, length, _)| length).sum();
             assert_eq!(total, memory_bytes);
             for pair in map.windows(2) {
                 assert!(pair[0].0 + pair[0].1 <= pair[1].0);
@@ -134,6 +164,11 @@ mod tests {
     #[test]
     fn device_ranges_lie_in_the_gap() {
         let end = virtio_address(VIRTIO_SLOTS);
-        assert!(VIRTIO_MMIO_START >= GAP_START && end <= u64::from(IO_APIC));
+        assert!(VIRTIO_MMIO_START >= PCI_MEMORY_END && end <= PCI_ECAM_START);
+        let last = super::super::pci::SLOTS - 1;
+        assert!(u64::from(pci_bar_address(last)) < PCI_MEMORY_END);
+        assert!(PCI_ECAM_START + super::super::pci::root::ECAM_BYTES <= u64::from(IO_APIC));
+        // KVM_MAX_IRQ_ROUTES
+        assert!(pci_first_gsi(last + 1) <= 4096);
     }
 }

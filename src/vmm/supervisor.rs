@@ -1,6 +1,8 @@
 //! The event loop: the one owner of a VM's state. vCPUs, devices and clients tell it what happened, and
 //! it alone decides: pause, reset, stop.
 
+mod plug;
+
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
@@ -60,7 +62,6 @@ pub struct Supervisor {
     clients: Clients,
     console_log: Option<Log>,
     termination: OwnedFd,
-    #[allow(dead_code, reason = "hot-plug comes with PCI")]
     spawner: Spawner,
     /// What clients asked for last: whether the guest should run.
     wanted: Phase,
@@ -280,17 +281,26 @@ impl Supervisor {
                 self.announce(event);
                 self.settle()
             }
-            MachineEvent::GuestPanicked { .. } | MachineEvent::Ejected { .. } => Ok(()),
+            MachineEvent::Ejected { slot } => {
+                self.ejected(slot);
+                self.settle()
+            }
+            MachineEvent::GuestPanicked { .. } => Ok(()),
         }
     }
 
     /// Resets the machine; a paused one stays paused.
     fn reset(&mut self) -> Result<(), End> {
-        self.machine.reset()?;
-        // All vCPUs stand at the start: what they said before is void, but for failures.
+        for device in self.machine.reset()? {
+            self.forget_device(device);
+        }
+        // All vCPUs stand at the start: what they said before is void, but for failures and for what the
+        // guest let go of.
         while let Ok(event) = self.signals.events.try_recv() {
-            if let MachineEvent::Failed(message) = event {
-                return Err(End::new(ExitReason::Internal, message));
+            match event {
+                MachineEvent::Failed(message) => return Err(End::new(ExitReason::Internal, message)),
+                MachineEvent::Ejected { slot } => self.ejected(slot),
+                _ => {}
             }
         }
         self.reboots += 1;
@@ -342,7 +352,8 @@ impl Supervisor {
 
     fn request(&mut self, client: u64, verb: Verb, fds: Vec<OwnedFd>) -> Result<(), End> {
         let wanted = usize::from(matches!(verb, Verb::ReplaceTap { .. }));
-        if fds.len() != wanted {
+        let plugs = matches!(verb, Verb::AddDisk { .. } | Verb::AddNic { .. });
+        if !plugs && fds.len() != wanted {
             let message = format!("the request needs {wanted} descriptors and came with {}", fds.len());
             self.clients.respond(client, &Response::Error { message });
             return Ok(());
@@ -374,10 +385,10 @@ impl Supervisor {
                 None => Response::Error { message: format!("this VM has no disk {disk:?}") },
             },
             Verb::ReplaceTap { nic } => self.replace_tap(&nic, fds),
-            Verb::AddDisk { .. }
-            | Verb::AddNic { .. }
-            | Verb::RemoveDevice { .. }
-            | Verb::SetDiskLimits { .. }
+            Verb::AddDisk { disk } => self.add_disk(disk, fds),
+            Verb::AddNic { nic } => self.add_nic(nic, fds),
+            Verb::RemoveDevice { device } => self.remove_device(&device),
+            Verb::SetDiskLimits { .. }
             | Verb::SetNicLimits { .. }
             | Verb::SetLink { .. }
             | Verb::SetBalloon { .. }

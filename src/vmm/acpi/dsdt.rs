@@ -1,13 +1,13 @@
 //! The DSDT: the devices that can't be probed for, in AML.
 
-use acpi_tables::Aml;
 use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path, ResourceTemplate,
-    Scope,
+    Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
+    ResourceTemplate, Scope,
 };
 use acpi_tables::sdt::Sdt;
+use acpi_tables::{Aml, AmlSink};
 
-use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use super::{Devices, OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes, pci};
 use crate::vmm::layout;
 use crate::vmm::power;
 
@@ -17,25 +17,36 @@ const REVISION: u8 = 2;
 /// Notify value of a control method power button (ACPI 6.5, 4.8.3.1.1).
 const BUTTON_PRESSED: u8 = 0x80;
 
-pub(super) fn build(virtio_slots: usize) -> Vec<u8> {
+/// AML that is already made.
+pub(super) struct Made(pub Vec<u8>);
+
+impl Aml for Made {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(&self.0);
+    }
+}
+
+/// An interrupt of the Generic Event Device (ACPI 6.5, 5.6.9), and the AML that it runs.
+pub(super) struct GenericEvent {
+    pub gsi: u32,
+    pub action: Vec<u8>,
+}
+
+pub(super) fn build(devices: Devices) -> Vec<u8> {
     let mut dsdt = Sdt::new(*b"DSDT", HEADER_BYTES, REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     let mut aml = Vec::new();
     soft_off(&mut aml);
-    let mut devices = Vec::new();
-    power_button(&mut devices);
-    serial_port(&mut devices);
-    for slot in 0..virtio_slots {
-        virtio(slot, &mut devices);
+    let mut scope = Vec::new();
+    let mut events = vec![power_button(&mut scope)];
+    serial_port(&mut scope);
+    match devices {
+        Devices::Mmio { slots } => (0..slots).for_each(|slot| virtio(slot, &mut scope)),
+        Devices::Pci => events.push(pci::host_bridge(&mut scope)),
     }
-    aml.extend(Scope::raw(Path::new("_SB_"), devices));
+    event_device(&events, &mut scope);
+    aml.extend(Scope::raw(Path::new("_SB_"), scope));
     dsdt.append_slice(&aml);
     bytes(&dsdt)
-}
-
-fn bytes(table: &dyn Aml) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    table.to_aml_bytes(&mut bytes);
-    bytes
 }
 
 fn edge(gsi: u32) -> Interrupt {
@@ -47,15 +58,30 @@ fn soft_off(aml: &mut Vec<u8>) {
     Name::new("_S5_".into(), &Package::new(vec![&power::SLEEP_TYPE_S5])).to_aml_bytes(aml);
 }
 
-/// A control method power button, pressed by the event device's only interrupt.
-fn power_button(aml: &mut Vec<u8>) {
+/// A control method power button.
+fn power_button(aml: &mut Vec<u8>) -> GenericEvent {
     Device::new("PWRB".into(), vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C"))]).to_aml_bytes(aml);
+    let action = bytes(&Notify::new(&Path::new("PWRB"), &BUTTON_PRESSED));
+    GenericEvent { gsi: layout::POWER_BUTTON_GSI, action }
+}
+
+/// The device behind which all our events are: an edge interrupt for each.
+fn event_device(events: &[GenericEvent], aml: &mut Vec<u8>) {
+    let interrupts: Vec<Interrupt> = events.iter().map(|event| edge(event.gsi)).collect();
+    let interrupts: Vec<&dyn Aml> = interrupts.iter().map(|interrupt| interrupt as &dyn Aml).collect();
+    let actions: Vec<Made> = events
+        .iter()
+        .map(|event| {
+            Made(bytes(&If::new(&Equal::new(&Arg(0), &event.gsi), vec![&Made(event.action.clone())])))
+        })
+        .collect();
+    let actions: Vec<&dyn Aml> = actions.iter().map(|action| action as &dyn Aml).collect();
     Device::new(
         "GED_".into(),
         vec![
             &Name::new("_HID".into(), &"ACPI0013"),
-            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&edge(layout::POWER_BUTTON_GSI)])),
-            &Method::new("_EVT".into(), 1, true, vec![&Notify::new(&Path::new("PWRB"), &BUTTON_PRESSED)]),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(interrupts)),
+            &Method::new("_EVT".into(), 1, true, actions),
         ],
     )
     .to_aml_bytes(aml);

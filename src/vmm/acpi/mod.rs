@@ -7,11 +7,13 @@
 //! guest runs.
 
 mod dsdt;
+mod pci;
 
 use acpi_tables::Aml;
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
 use vm_memory::{Bytes as _, GuestAddress};
@@ -36,18 +38,31 @@ pub enum AcpiError {
     Memory(#[from] vm_memory::GuestMemoryError),
 }
 
-/// Writes all tables for a machine with this many vCPUs and virtio slots in use; gives the address of
-/// the RSDP.
-pub fn write_tables(memory: &GuestMemory, vcpus: u8, virtio_slots: usize) -> Result<u64, AcpiError> {
+/// Where the machine's virtio devices are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Devices {
+    /// In the first slots of the MMIO transport.
+    Mmio { slots: usize },
+    /// On the PCI bus, where a guest finds them by itself.
+    Pci,
+}
+
+/// Writes all tables for a machine with this many vCPUs and these devices; gives the address of the RSDP.
+pub fn write_tables(memory: &GuestMemory, vcpus: u8, devices: Devices) -> Result<u64, AcpiError> {
     let mut writer = Writer { memory, next: layout::ACPI_START };
     // The RSDP comes first, at the start of the area that a kernel also searches.
     let rsdp = writer.reserve(Rsdp::len() as u64)?;
-    let dsdt = writer.append(&dsdt::build(virtio_slots))?;
+    let dsdt = writer.append(&dsdt::build(devices))?;
     let fadt = writer.append(&bytes(&fadt(dsdt)))?;
     let madt = writer.append(&bytes(&madt(vcpus)))?;
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    if devices == Devices::Pci {
+        let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+        mcfg.add_ecam(layout::PCI_ECAM_START, 0, 0, 0);
+        xsdt.add_entry(writer.append(&bytes(&mcfg))?);
+    }
     let xsdt = writer.append(&bytes(&xsdt))?;
     memory.write_slice(&bytes(&Rsdp::new(OEM_ID, xsdt)), GuestAddress(rsdp))?;
     Ok(rsdp)
@@ -122,7 +137,13 @@ mod tests {
     #[test]
     fn tables_are_found_from_the_rsdp_and_their_checksums_hold() {
         let memory = memory::create(&[(0, 2 << 20)]).unwrap();
-        let rsdp = write_tables(&memory, 16, layout::VIRTIO_SLOTS).unwrap();
+        for devices in [Devices::Mmio { slots: layout::VIRTIO_SLOTS }, Devices::Pci] {
+            check_tables(&memory, devices);
+        }
+    }
+
+    fn check_tables(memory: &GuestMemory, devices: Devices) {
+        let rsdp = write_tables(memory, 16, devices).unwrap();
         let sum = |start: u64, length: usize| {
             let mut table = vec![0; length];
             memory.read_slice(&mut table, GuestAddress(start)).unwrap();
@@ -144,7 +165,9 @@ mod tests {
                 table[..4].to_vec()
             })
             .collect();
-        assert_eq!(names, [b"FACP".to_vec(), b"APIC".to_vec()]);
+        let mut wanted = vec![b"FACP".to_vec(), b"APIC".to_vec()];
+        wanted.extend((devices == Devices::Pci).then(|| b"MCFG".to_vec()));
+        assert_eq!(names, wanted);
         let dsdt = memory.read_obj::<u64>(GuestAddress(entries[0] + 140)).unwrap();
         let (checksum, table) = sum(dsdt, length(dsdt));
         assert_eq!((checksum, &table[..4]), (0, b"DSDT".as_slice()));

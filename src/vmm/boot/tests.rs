@@ -62,7 +62,7 @@ fn a_bzimage_gets_its_zero_page() {
     assert_eq!((initrd % 4096, bytes), (0, 6));
     assert_eq!(u64::from(initrd), MEMORY_BYTES - 4096);
     assert_eq!(text_at(initrd.into(), 6), b"initrd");
-    assert_eq!(text_at(layout::ZERO_PAGE + 0x1e8, 1), [3], "memory ranges");
+    assert_eq!(text_at(layout::ZERO_PAGE + 0x1e8, 1), [4], "memory ranges");
     // The last range is the RAM from 1 MiB on.
     assert_eq!(u32_at(0x2d0 + 40), 0x10_0000);
     assert_eq!(u32_at(0x2d0 + 48), (MEMORY_BYTES - 0x10_0000) as u32);

@@ -1,7 +1,9 @@
 //! How a virtio device meets the guest. A device knows [`VirtioDevice`] and [`Interrupt`]; whether
 //! it sits behind MMIO or PCI it can't tell.
 
+mod driver;
 pub mod mmio;
+pub mod pci;
 
 use std::sync::Arc;
 
@@ -47,6 +49,14 @@ pub struct Activation {
     pub interrupt: Arc<dyn Interrupt>,
     /// What the driver accepted of [`VirtioDevice::features`].
     pub features: u64,
+}
+
+/// A device's place in a machine: its registers, whatever they are. The machine holds it, and buses lead
+/// to it.
+pub trait Transport: Send {
+    /// The state after construction, for a reset of the machine. When it returns nothing of the device
+    /// touches guest memory.
+    fn reset(&mut self);
 }
 
 #[derive(Debug, thiserror::Error)]

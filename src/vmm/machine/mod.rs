@@ -16,29 +16,30 @@ use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip,
     kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
+use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::acpi::{self, AcpiError};
-use super::boot::{self, BootError, BootFiles, Entry};
-use super::bus::{Bus, BusError};
-use super::config::VmConfig;
-use super::console::Output;
-use super::cpu::{self, CpuError};
-use super::device::ThreadStart;
-use super::device::block::{Block, BlockError, BlockHandle};
-use super::device::entropy::Entropy;
-use super::device::net::{Net, NetError, NetHandle};
-use super::event::{EventSender, MachineEvent};
-use super::gate::{Gate, Order};
-use super::layout;
-use super::memory::{self, GuestMemory, MemoryError};
-use super::power;
-use super::serial::SerialPort;
-use super::transport::VirtioDevice;
-use super::transport::mmio::MmioTransport;
-use super::vcpu::{Shared, Vcpu, VcpuHandle};
+mod backplane;
+
+use self::backplane::{Backplane, Buses, Class};
+use crate::vmm::acpi::{self, AcpiError};
+use crate::vmm::boot::{self, BootError, BootFiles, Entry};
+use crate::vmm::bus::{Bus, BusError};
+use crate::vmm::config::VmConfig;
+use crate::vmm::console::Output;
+use crate::vmm::cpu::{self, CpuError};
+use crate::vmm::device::ThreadStart;
+use crate::vmm::device::block::{Block, BlockError, BlockHandle};
+use crate::vmm::device::entropy::Entropy;
+use crate::vmm::device::net::{Net, NetError, NetHandle};
+use crate::vmm::event::{EventSender, MachineEvent};
+use crate::vmm::gate::{Gate, Order};
+use crate::vmm::layout;
+use crate::vmm::memory::{self, GuestMemory, MemoryError};
+use crate::vmm::power;
+use crate::vmm::serial::SerialPort;
+use crate::vmm::vcpu::{Shared, Vcpu, VcpuHandle};
 
 /// How long a vCPU may take to leave the guest and obey: it may be waiting for a disk in a device.
 const OBEY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -84,6 +85,8 @@ pub enum MachineError {
     Disk(#[source] BlockError),
     #[error("{0}: {source}", source = source_of(.0))]
     Nic(#[source] NetError),
+    #[error("every slot for a device is taken")]
+    NoFreeSlot,
     #[error("the vCPUs did not obey within {} s", OBEY_TIMEOUT.as_secs())]
     Stuck,
 }
@@ -134,7 +137,7 @@ pub struct Built {
 }
 
 pub struct Machine {
-    vm: VmFd,
+    vm: Arc<VmFd>,
     memory: GuestMemory,
     memory_bytes: u64,
     vcpu_count: u8,
@@ -142,11 +145,18 @@ pub struct Machine {
     gate: Arc<Gate>,
     vcpus: Vec<VcpuHandle>,
     serial: Arc<Mutex<SerialPort>>,
-    transports: Vec<Arc<Mutex<MmioTransport>>>,
-    disks: Vec<(String, BlockHandle)>,
-    nics: Vec<(String, NetHandle)>,
+    backplane: Backplane,
+    disks: Vec<Plugged<BlockHandle>>,
+    nics: Vec<Plugged<NetHandle>>,
     power_button: EventFd,
     interrupt_chips: Vec<kvm_irqchip>,
+}
+
+/// A disk or a NIC: its name, its place, and its control side.
+struct Plugged<H> {
+    name: String,
+    slot: u8,
+    handle: H,
 }
 
 impl Built {
@@ -165,7 +175,7 @@ impl Built {
                 return Err(MachineError::Capability(name));
             }
         }
-        let vm = kvm_fd.create_vm().map_err(kvm("create the VM"))?;
+        let vm = Arc::new(kvm_fd.create_vm().map_err(kvm("create the VM"))?);
         let memory = memory::create_of(&layout::ram_ranges(config.memory_bytes), config.memory)?;
         register_memory(&vm, &memory)?;
         vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(kvm("place KVM's identity map"))?;
@@ -173,27 +183,21 @@ impl Built {
         vm.create_irq_chip().map_err(kvm("create the interrupt controllers"))?;
         let interrupt_chips = save_interrupt_chips(&vm)?;
 
-        let (pio, serial, serial_signals) = make_serial(&vm)?;
+        let buses = Buses { pio: Arc::new(Bus::new()), mmio: Arc::new(Bus::new()) };
+        let (serial, serial_signals) = make_serial(&vm, &buses.pio)?;
         let power_button = eventfd()?;
         vm.register_irqfd(&power_button, layout::POWER_BUTTON_GSI)
             .map_err(kvm("bind the power button's interrupt"))?;
 
-        let mut devices = Devices { vm: &vm, memory: &memory, mmio: Bus::new(), transports: Vec::new() };
-        let (disks, nics) = make_devices(config, files.disks, files.taps, start, &mut devices)?;
-        let Devices { mmio, transports, .. } = devices;
-
         let (queue, events) = mpsc::channel();
         let events_wake = Arc::new(eventfd()?);
+        let sender = EventSender { queue, wake: events_wake.clone() };
+        let backplane = Backplane::new(config.machine, vm.clone(), memory.clone(), &buses, sender.clone())?;
         let gate = Arc::new(Gate::new(config.vcpus.into()));
-        let shared = Shared {
-            gate: gate.clone(),
-            pio: Arc::new(pio),
-            mmio: Arc::new(mmio),
-            events: EventSender { queue, wake: events_wake.clone() },
-        };
+        let shared = Shared { gate: gate.clone(), pio: buses.pio, mmio: buses.mmio, events: sender };
         let vcpus = make_vcpus(&kvm_fd, &vm, config.vcpus, &shared)?;
 
-        let machine = Machine {
+        let mut machine = Machine {
             vm,
             memory,
             memory_bytes: config.memory_bytes,
@@ -202,12 +206,13 @@ impl Built {
             gate,
             vcpus: Vec::new(),
             serial,
-            transports,
-            disks,
-            nics,
+            backplane,
+            disks: Vec::new(),
+            nics: Vec::new(),
             power_button,
             interrupt_chips,
         };
+        machine.add_devices(config, files.disks, files.taps, start)?;
         let entry = machine.load()?;
         let (output, input_wanted) = serial_signals;
         let signals = Signals { events, events_wake, output, input_wanted };
@@ -233,7 +238,7 @@ impl Built {
 impl Machine {
     /// Puts everything that a guest starts from into its memory.
     fn load(&self) -> Result<Entry, MachineError> {
-        let rsdp = acpi::write_tables(&self.memory, self.vcpu_count, self.transports.len())?;
+        let rsdp = acpi::write_tables(&self.memory, self.vcpu_count, self.backplane.acpi())?;
         let entry = boot::load(&self.memory, self.memory_bytes, &self.boot, rsdp)?;
         cpu::entry::write_gdt(&self.memory, entry).map_err(BootError::Memory)?;
         self.memory
@@ -262,11 +267,16 @@ impl Machine {
 
     /// Resets the machine; afterwards the vCPUs stand at the kernel's entry, parked. The kernel is read
     /// again from the same open files; interrupts and notifications stay bound.
-    pub fn reset(&self) -> Result<(), MachineError> {
+    ///
+    /// Devices that the guest was asked to let go of are gone afterwards: nothing of it uses them any more.
+    /// Their names are the result.
+    pub fn reset(&mut self) -> Result<Vec<String>, MachineError> {
         self.pause()?;
-        for transport in &self.transports {
-            lock(transport).reset();
+        let leaving = self.leaving();
+        for device in &leaving {
+            self.remove_device(device);
         }
+        self.backplane.reset();
         lock(&self.serial).reset();
         // Nothing of the guest runs now, nor does a device touch its memory.
         memory::clear(&self.memory)?;
@@ -274,7 +284,8 @@ impl Machine {
             self.vm.set_irqchip(chip).map_err(kvm("reset the interrupt controllers"))?;
         }
         let entry = self.load()?;
-        self.order(Order::Reset(entry))
+        self.order(Order::Reset(entry))?;
+        Ok(leaving)
     }
 
     /// Ends the vCPUs, quiets the devices and flushes the disks. What couldn't be flushed is reported.
@@ -283,12 +294,10 @@ impl Machine {
         for vcpu in self.vcpus.drain(..) {
             vcpu.join();
         }
-        for transport in &self.transports {
-            lock(transport).reset();
-        }
+        self.backplane.reset();
         let mut first_error = Ok(());
-        for (_, disk) in &self.disks {
-            if let Err(error) = disk.flush()
+        for disk in &self.disks {
+            if let Err(error) = disk.handle.flush()
                 && first_error.is_ok()
             {
                 first_error = Err(MachineError::Disk(error));
@@ -313,19 +322,111 @@ impl Machine {
 
     /// In the order of the configuration's disks.
     pub fn disk_capacity_bytes(&self) -> Vec<u64> {
-        self.disks.iter().map(|(_, disk)| disk.capacity_bytes()).collect()
+        self.disks.iter().map(|disk| disk.handle.capacity_bytes()).collect()
     }
 
     pub fn disk(&self, name: &str) -> Option<&BlockHandle> {
-        self.disks.iter().find_map(|(disk, handle)| (disk == name).then_some(handle))
+        self.disks.iter().find(|disk| disk.name == name).map(|disk| &disk.handle)
     }
 
     pub fn nic(&self, name: &str) -> Option<&NetHandle> {
-        self.nics.iter().find_map(|(nic, handle)| (nic == name).then_some(handle))
+        self.nics.iter().find(|nic| nic.name == name).map(|nic| &nic.handle)
+    }
+
+    /// Disks first, then NICs, then the rest: the order in which the guest finds and names them.
+    fn add_devices(
+        &mut self,
+        config: &VmConfig,
+        disks: Vec<(OwnedFd, Vec<OwnedFd>)>,
+        taps: Vec<OwnedFd>,
+        start: &ThreadStart,
+    ) -> Result<(), MachineError> {
+        for (disk, (file, backing)) in config.disks.iter().zip(disks) {
+            let block = Block::new(disk, file, backing, start).map_err(MachineError::Disk)?;
+            self.insert_disk(&disk.name, block)?;
+        }
+        for (nic, tap) in config.nics.iter().zip(taps) {
+            let net = Net::new(nic, tap, start).map_err(MachineError::Nic)?;
+            self.insert_nic(&nic.name, net)?;
+        }
+        let entropy = Entropy::new(start).map_err(io("start the entropy device's thread"))?;
+        self.backplane.insert(Class::Fixed, Box::new(entropy))?;
+        Ok(())
+    }
+
+    fn insert_disk(&mut self, name: &str, block: Block) -> Result<u8, MachineError> {
+        let handle = block.handle();
+        let slot = self.backplane.insert(Class::Disk, Box::new(block))?;
+        self.disks.push(Plugged { name: name.to_owned(), slot, handle });
+        Ok(slot)
+    }
+
+    fn insert_nic(&mut self, name: &str, net: Net) -> Result<u8, MachineError> {
+        let handle = net.handle();
+        let slot = self.backplane.insert(Class::Nic, Box::new(net))?;
+        self.nics.push(Plugged { name: name.to_owned(), slot, handle });
+        Ok(slot)
+    }
+
+    /// Whether devices may come and go while the guest runs.
+    pub fn can_hotplug(&self) -> bool {
+        self.backplane.can_hotplug()
+    }
+
+    /// Plugs a disk into the running machine, and tells the guest.
+    pub fn plug_disk(&mut self, name: &str, block: Block) -> Result<(), MachineError> {
+        let slot = self.insert_disk(name, block)?;
+        self.backplane.announce(slot);
+        Ok(())
+    }
+
+    /// Plugs a NIC into the running machine, and tells the guest.
+    pub fn plug_nic(&mut self, name: &str, net: Net) -> Result<(), MachineError> {
+        let slot = self.insert_nic(name, net)?;
+        self.backplane.announce(slot);
+        Ok(())
+    }
+
+    fn slots(&self) -> impl Iterator<Item = (&str, u8)> {
+        let disks = self.disks.iter().map(|disk| (disk.name.as_str(), disk.slot));
+        disks.chain(self.nics.iter().map(|nic| (nic.name.as_str(), nic.slot)))
+    }
+
+    /// Asks the guest to let go of a disk or a NIC; false if there is none of this name. The guest's answer
+    /// is [`MachineEvent::Ejected`].
+    pub fn ask_to_eject(&self, device: &str) -> bool {
+        let slot = self.slots().find(|&(name, _)| name == device).map(|(_, slot)| slot);
+        if let Some(slot) = slot {
+            self.backplane.ask_to_eject(slot);
+        }
+        slot.is_some()
+    }
+
+    /// The disks and NICs that the guest was asked to let go of, and hasn't.
+    fn leaving(&self) -> Vec<String> {
+        let leaving = self.slots().filter(|&(_, slot)| self.backplane.is_leaving(slot));
+        leaving.map(|(name, _)| name.to_owned()).collect()
+    }
+
+    /// The guest has let go of what is in this slot: it is taken out, and its name given.
+    pub fn ejected(&mut self, slot: u8) -> Option<String> {
+        let device = self.slots().find(|&(_, other)| other == slot).map(|(name, _)| name.to_owned())?;
+        self.remove_device(&device);
+        Some(device)
+    }
+
+    /// Takes a disk or a NIC out. A disk is flushed and its files are closed.
+    fn remove_device(&mut self, device: &str) {
+        let slot = self.slots().find(|&(name, _)| name == device).map(|(_, slot)| slot);
+        self.disks.retain(|disk| disk.name != device);
+        self.nics.retain(|nic| nic.name != device);
+        if let Some(slot) = slot {
+            self.backplane.remove(slot);
+        }
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     // A device whose lock is poisoned panicked, and a panic ends the process.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -362,73 +463,15 @@ fn save_interrupt_chips(vm: &VmFd) -> Result<Vec<kvm_irqchip>, MachineError> {
 
 type SerialSignals = (Arc<Output>, Arc<EventFd>);
 
-fn make_serial(vm: &VmFd) -> Result<(Bus, Arc<Mutex<SerialPort>>, SerialSignals), MachineError> {
+fn make_serial(vm: &VmFd, pio: &Bus) -> Result<(Arc<Mutex<SerialPort>>, SerialSignals), MachineError> {
     let interrupt = Arc::new(eventfd()?);
     vm.register_irqfd(&interrupt, layout::SERIAL_GSI).map_err(kvm("bind the serial port's interrupt"))?;
     let output = Output::new(eventfd()?);
     let input_wanted = Arc::new(eventfd()?);
     let serial = SerialPort::new(interrupt, input_wanted.clone(), output.clone());
     let serial = Arc::new(Mutex::new(serial));
-    let mut pio = Bus::new();
     pio.insert(layout::SERIAL_PORT.into(), layout::SERIAL_PORTS.into(), serial.clone())?;
-    Ok((pio, serial, (output, input_wanted)))
-}
-
-/// Puts virtio devices into their slots.
-struct Devices<'a> {
-    vm: &'a VmFd,
-    memory: &'a GuestMemory,
-    mmio: Bus,
-    transports: Vec<Arc<Mutex<MmioTransport>>>,
-}
-
-impl Devices<'_> {
-    fn add(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), MachineError> {
-        let slot = self.transports.len();
-        let address = layout::virtio_address(slot);
-        let transport =
-            MmioTransport::new(device, self.memory.clone()).map_err(io("make a virtio device"))?;
-        self.vm
-            .register_irqfd(transport.irq(), layout::virtio_gsi(slot))
-            .map_err(kvm("bind a device's interrupt"))?;
-        for notifier in transport.notifiers() {
-            let at = IoEventAddress::Mmio(address + notifier.offset);
-            self.vm
-                .register_ioevent(notifier.event, &at, notifier.datamatch)
-                .map_err(kvm("bind a device's notification"))?;
-        }
-        let transport = Arc::new(Mutex::new(transport));
-        self.mmio.insert(address, layout::VIRTIO_MMIO_BYTES, transport.clone())?;
-        self.transports.push(transport);
-        Ok(())
-    }
-}
-
-type Handles = (Vec<(String, BlockHandle)>, Vec<(String, NetHandle)>);
-
-/// Disks first, then NICs, then the entropy device: the order in which the guest finds and names them.
-fn make_devices(
-    config: &VmConfig,
-    disk_files: Vec<(OwnedFd, Vec<OwnedFd>)>,
-    taps: Vec<OwnedFd>,
-    start: &ThreadStart,
-    devices: &mut Devices<'_>,
-) -> Result<Handles, MachineError> {
-    let mut disks = Vec::with_capacity(disk_files.len());
-    for (disk, (file, backing)) in config.disks.iter().zip(disk_files) {
-        let block = Block::new(disk, file, backing, start).map_err(MachineError::Disk)?;
-        disks.push((disk.name.clone(), block.handle()));
-        devices.add(Box::new(block))?;
-    }
-    let mut nics = Vec::with_capacity(taps.len());
-    for (nic, tap) in config.nics.iter().zip(taps) {
-        let net = Net::new(nic, tap, start).map_err(MachineError::Nic)?;
-        nics.push((nic.name.clone(), net.handle()));
-        devices.add(Box::new(net))?;
-    }
-    let entropy = Entropy::new(start).map_err(io("start the entropy device's thread"))?;
-    devices.add(Box::new(entropy))?;
-    Ok((disks, nics))
+    Ok((serial, (output, input_wanted)))
 }
 
 fn make_vcpus(kvm_fd: &Kvm, vm: &VmFd, count: u8, shared: &Shared) -> Result<Vec<Vcpu>, MachineError> {
