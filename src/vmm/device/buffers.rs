@@ -241,6 +241,11 @@ impl IoVectors<'_> {
         Self::retry(|| unsafe { libc::pwritev(fd.as_raw_fd(), vectors, count, offset) })
     }
 
+    pub fn readv(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        // SAFETY: as for `preadv`.
+        Self::retry(|| unsafe { libc::readv(fd.as_raw_fd(), self.vectors.as_ptr(), self.count as i32) })
+    }
+
     pub fn writev(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
         // SAFETY: as for `preadv`.
         Self::retry(|| unsafe { libc::writev(fd.as_raw_fd(), self.vectors.as_ptr(), self.count as i32) })

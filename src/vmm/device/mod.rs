@@ -19,6 +19,7 @@ pub mod net;
 mod queue;
 #[cfg(test)]
 pub(super) mod testing;
+pub mod vsock;
 pub mod worker;
 
 pub use worker::{ThreadRole, ThreadStart};

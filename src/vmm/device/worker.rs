@@ -86,7 +86,8 @@ impl ThreadRole {
         let own: &[libc::c_long] = match self {
             Self::Block => super::block::SYSTEM_CALLS,
             Self::Net => super::net::SYSTEM_CALLS,
-            Self::Entropy | Self::Balloon | Self::Vsock => &[],
+            Self::Vsock => super::vsock::SYSTEM_CALLS,
+            Self::Entropy | Self::Balloon => &[],
         };
         COMMON_SYSTEM_CALLS.iter().chain(own).copied()
     }
