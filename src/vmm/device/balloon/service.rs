@@ -196,7 +196,9 @@ impl Active {
                 Role::Statistics => {
                     if self.buffers.load(chain).is_ok() {
                         read_statistics(memory, &self.buffers, &self.shared.counters);
-                        self.shared.counters.told_at_ms.set(self.created.elapsed().as_millis() as u64);
+                        let told_at_ms = self.created.elapsed().as_millis() as u64;
+                        // 0 would mean never.
+                        self.shared.counters.told_at_ms.set(told_at_ms.max(1));
                     }
                     // One buffer is kept, by the specification the only one.
                     used = std::mem::replace(&mut self.told, used);

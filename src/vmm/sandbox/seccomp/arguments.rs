@@ -74,6 +74,8 @@ pub fn rules(call: i64, profile: &Profile) -> Result<Vec<SeccompRule>, BackendEr
         )?])?]),
         libc::SYS_seccomp => one_of(0, &[SECCOMP_SET_MODE_FILTER]),
         libc::SYS_socket => one_of(0, &[libc::AF_UNIX as u64]),
+        // A working directory for one thread; no namespace.
+        libc::SYS_unshare => one_of(0, &[libc::CLONE_FS as u64]),
         // Limits are read, never set.
         libc::SYS_prlimit64 => {
             let read_only = SeccompCondition::new(2, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?;

@@ -208,6 +208,10 @@ mod tests {
         assert!(refused(Profile::building(), call!(libc::SYS_prctl, libc::PR_SET_DUMPABLE, 0)));
         assert!(refused(Profile::building(), call!(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0)));
         assert!(refused(Profile::event_loop(), call!(libc::SYS_tgkill, 1, 1, 0)));
+        assert!(refused(Profile::building(), call!(libc::SYS_unshare, libc::CLONE_NEWUSER)));
+        let vsock = || Profile::device(ThreadRole::Vsock);
+        assert!(refused(vsock(), call!(libc::SYS_socket, libc::AF_INET, libc::SOCK_STREAM, 0)));
+        assert!(refused(vsock(), call!(libc::SYS_fchdir, NOWHERE)));
         let executable = libc::PROT_READ | libc::PROT_EXEC;
         let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         assert!(refused(
