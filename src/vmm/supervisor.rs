@@ -13,7 +13,7 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{Timespec, epoll::Event as EpollEvent};
 
 use super::conditions::Conditions;
-use super::config::VmConfig;
+use super::config::{Limits, VmConfig};
 use super::console::Log;
 use super::control::{Clients, Received};
 use super::event::MachineEvent;
@@ -374,6 +374,10 @@ impl Supervisor {
             Verb::Resume => {
                 self.wanted = Phase::Running;
                 self.settle()?;
+                // Somebody may have made room.
+                for disk in &self.config.disks {
+                    self.machine.disk(&disk.name).inspect(|handle| handle.look_again());
+                }
                 Response::Done
             }
             Verb::Reboot => {
@@ -384,15 +388,14 @@ impl Supervisor {
                 Some(handle) => answer(handle.resize(capacity_bytes)),
                 None => Response::Error { message: format!("this VM has no disk {disk:?}") },
             },
+            Verb::SetDiskLimits { disk, limits } => self.set_disk_limits(&disk, limits),
             Verb::ReplaceTap { nic } => self.replace_tap(&nic, fds),
             Verb::AddDisk { disk } => self.add_disk(disk, fds),
             Verb::AddNic { nic } => self.add_nic(nic, fds),
             Verb::RemoveDevice { device } => self.remove_device(&device),
-            Verb::SetDiskLimits { .. }
-            | Verb::SetNicLimits { .. }
-            | Verb::SetLink { .. }
-            | Verb::SetBalloon { .. }
-            | Verb::Metrics => Response::Error { message: "this machine can't do that".into() },
+            Verb::SetNicLimits { .. } | Verb::SetLink { .. } | Verb::SetBalloon { .. } | Verb::Metrics => {
+                Response::Error { message: "this machine can't do that".into() }
+            }
             Verb::ConsoleAttach { replay_bytes } => {
                 self.clients.attach_console(client, replay_bytes, &self.signals.output);
                 return Ok(());
@@ -404,6 +407,16 @@ impl Supervisor {
         };
         self.clients.respond(client, &response);
         Ok(())
+    }
+
+    fn set_disk_limits(&mut self, disk: &str, limits: Limits) -> Response {
+        let config = self.config.disks.iter_mut().find(|config| config.name == disk);
+        let (Some(config), Some(handle)) = (config, self.machine.disk(disk)) else {
+            return Response::Error { message: format!("this VM has no disk {disk:?}") };
+        };
+        handle.set_limits(limits);
+        config.limits = limits;
+        Response::Done
     }
 
     fn state(&self) -> VmState {

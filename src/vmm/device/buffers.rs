@@ -29,7 +29,8 @@ struct Segment {
     len: usize,
 }
 
-/// The buffers of one chain. Reused from request to request, so that none allocates.
+/// The buffers of one chain. Reused from request to request, so that few allocate; they grow to what is
+/// needed, for a device may have many of them.
 pub(super) struct Buffers {
     readable: Vec<Segment>,
     writable: Vec<Segment>,
@@ -37,7 +38,7 @@ pub(super) struct Buffers {
 
 impl Buffers {
     pub fn new() -> Self {
-        Self { readable: Vec::with_capacity(SEGMENTS_MAX), writable: Vec::with_capacity(SEGMENTS_MAX) }
+        Self { readable: Vec::new(), writable: Vec::new() }
     }
 
     pub fn clear(&mut self) {
@@ -214,6 +215,17 @@ impl Default for IoVectors<'_> {
 impl IoVectors<'_> {
     pub fn len_bytes(&self) -> u64 {
         self.vectors[..self.count].iter().map(|vector| vector.iov_len as u64).sum()
+    }
+
+    /// For who hands them to the kernel by other means, and sees to it that guest memory outlives that.
+    pub fn as_slice(&self) -> &[libc::iovec] {
+        &self.vectors[..self.count]
+    }
+
+    /// Whether each lies and ends at a multiple of `align`.
+    pub fn are_aligned(&self, align: usize) -> bool {
+        let vectors = &self.vectors[..self.count];
+        vectors.iter().all(|vector| (vector.iov_base as usize | vector.iov_len).is_multiple_of(align))
     }
 
     fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {

@@ -40,6 +40,8 @@ pub(super) struct VirtQueue {
     published: Wrapping<u16>,
     /// What was published when the driver was last considered for an interrupt.
     signalled: Wrapping<u16>,
+    /// Interrupts since somebody asked.
+    interrupts: u64,
 }
 
 impl VirtQueue {
@@ -52,6 +54,7 @@ impl VirtQueue {
             next_used,
             published: next_used,
             signalled: next_used,
+            interrupts: 0,
         }
     }
 
@@ -63,9 +66,15 @@ impl VirtQueue {
         event_fd(&self.kick)
     }
 
-    pub fn clear_kick(&self) {
+    /// Gives how often the driver has kicked.
+    pub fn clear_kick(&self) -> u64 {
         // Non-blocking: an error only says that there was no kick.
-        let _ = self.kick.read();
+        self.kick.read().unwrap_or(0)
+    }
+
+    /// How many interrupts were raised since the last call.
+    pub fn take_interrupts(&mut self) -> u64 {
+        std::mem::take(&mut self.interrupts)
     }
 
     fn broken(&self, reason: impl ToString) -> BrokenQueue {
@@ -138,6 +147,7 @@ impl VirtQueue {
         };
         if wanted {
             interrupt.signal_queue(self.index);
+            self.interrupts += 1;
         }
         Ok(())
     }

@@ -156,6 +156,11 @@ impl<C> Mailbox<C> {
         self.wake.write(1)
     }
 
+    /// Sends a command that has no reply.
+    pub fn tell(&self, command: C) -> io::Result<()> {
+        self.send(Message::Command(command))
+    }
+
     /// Sends the command that `make` builds around a reply channel and waits for the reply, as long
     /// as it takes.
     pub fn call<R>(&self, make: impl FnOnce(mpsc::SyncSender<R>) -> C) -> io::Result<R> {

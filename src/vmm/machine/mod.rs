@@ -150,6 +150,8 @@ pub struct Machine {
     nics: Vec<Plugged<NetHandle>>,
     power_button: EventFd,
     interrupt_chips: Vec<kvm_irqchip>,
+    /// Where devices say what the event loop must know.
+    events: EventSender,
 }
 
 /// A disk or a NIC: its name, its place, and its control side.
@@ -194,7 +196,7 @@ impl Built {
         let sender = EventSender { queue, wake: events_wake.clone() };
         let backplane = Backplane::new(config.machine, vm.clone(), memory.clone(), &buses, sender.clone())?;
         let gate = Arc::new(Gate::new(config.vcpus.into()));
-        let shared = Shared { gate: gate.clone(), pio: buses.pio, mmio: buses.mmio, events: sender };
+        let shared = Shared { gate: gate.clone(), pio: buses.pio, mmio: buses.mmio, events: sender.clone() };
         let vcpus = make_vcpus(&kvm_fd, &vm, config.vcpus, &shared)?;
 
         let mut machine = Machine {
@@ -211,6 +213,7 @@ impl Built {
             nics: Vec::new(),
             power_button,
             interrupt_chips,
+            events: sender,
         };
         machine.add_devices(config, files.disks, files.taps, start)?;
         let entry = machine.load()?;
@@ -342,7 +345,8 @@ impl Machine {
         start: &ThreadStart,
     ) -> Result<(), MachineError> {
         for (disk, (file, backing)) in config.disks.iter().zip(disks) {
-            let block = Block::new(disk, file, backing, start).map_err(MachineError::Disk)?;
+            let block =
+                Block::new(disk, file, backing, start, self.events.clone()).map_err(MachineError::Disk)?;
             self.insert_disk(&disk.name, block)?;
         }
         for (nic, tap) in config.nics.iter().zip(taps) {
@@ -366,6 +370,11 @@ impl Machine {
         let slot = self.backplane.insert(Class::Nic, Box::new(net))?;
         self.nics.push(Plugged { name: name.to_owned(), slot, handle });
         Ok(slot)
+    }
+
+    /// For devices that are made to be plugged in.
+    pub fn events(&self) -> EventSender {
+        self.events.clone()
     }
 
     /// Whether devices may come and go while the guest runs.

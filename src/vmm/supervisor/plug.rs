@@ -58,8 +58,8 @@ impl Supervisor {
         let mut fds = fds.into_iter();
         // They were counted.
         let Some(image) = fds.next() else { return refused("no descriptor came with the request") };
-        let (config, backing) = (disk.clone(), fds.collect());
-        let made = self.spawner.run(move |start| Block::new(&config, image, backing, start));
+        let (config, backing, events) = (disk.clone(), fds.collect(), self.machine.events());
+        let made = self.spawner.run(move |start| Block::new(&config, image, backing, start, events));
         let plugged =
             flatten(made, MachineError::Disk).and_then(|block| self.machine.plug_disk(&disk.name, block));
         if plugged.is_ok() {

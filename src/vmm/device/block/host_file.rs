@@ -3,7 +3,7 @@
 
 use std::fmt::{self, Display, Formatter};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use imago::Storage;
@@ -13,7 +13,8 @@ use imago::storage::drivers::CommonStorageHelper;
 use rustix::fs::{FallocateFlags, FileType, SeekFrom, fallocate, fdatasync, fstat, ftruncate, seek};
 use rustix::io::Errno;
 
-use crate::vmm::device::buffers::Cursor;
+use super::direct::{Direct, Entered};
+use crate::vmm::device::buffers::{Cursor, IoVectors};
 
 /// Zeroes are written in pieces of this size where the file system can't make them.
 const ZERO_PIECE_BYTES: u64 = 64 * 1024;
@@ -27,19 +28,43 @@ pub(super) struct HostFile {
     fd: OwnedFd,
     is_block_device: bool,
     size_bytes: AtomicU64,
+    /// Where the page cache is passed by.
+    direct: Option<Direct>,
     helper: CommonStorageHelper,
 }
 
 impl HostFile {
-    pub fn new(fd: OwnedFd) -> io::Result<Self> {
+    pub fn new(fd: OwnedFd, direct: bool) -> io::Result<Self> {
         let is_block_device = match FileType::from_raw_mode(fstat(&fd)?.st_mode) {
             FileType::RegularFile => false,
             FileType::BlockDevice => true,
             other => return Err(io::Error::other(format!("neither a file nor a block device: {other:?}"))),
         };
-        let file = Self { fd, is_block_device, size_bytes: AtomicU64::new(0), helper: Default::default() };
+        let direct = if direct { Some(Direct::enable(fd.as_fd())?) } else { None };
+        let size_bytes = AtomicU64::new(0);
+        let file = Self { fd, is_block_device, size_bytes, direct, helper: Default::default() };
         file.reload_size()?;
         Ok(file)
+    }
+
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// What offsets and lengths of the file must be multiples of.
+    pub fn offset_align(&self) -> u64 {
+        self.direct.as_ref().map_or(1, |direct| direct.offset_align as u64)
+    }
+
+    /// Whether the kernel takes these buffers for this place in the file as they are. Where it writes
+    /// more than a sector at once, changing a part of that must keep others out, so that nothing but
+    /// this file's own methods may write.
+    pub fn takes(&self, vectors: &IoVectors<'_>, offset: u64) -> bool {
+        self.direct.as_ref().is_none_or(|direct| {
+            direct.writes_sectors()
+                && direct.is_aligned(offset, vectors.len_bytes())
+                && vectors.are_aligned(direct.memory_align)
+        })
     }
 
     pub fn is_block_device(&self) -> bool {
@@ -74,7 +99,13 @@ impl HostFile {
     pub fn read_available(&self, mut target: Cursor<'_>, mut offset: u64) -> io::Result<u64> {
         let mut total = 0;
         while target.len() > 0 {
-            let len = target.io_vectors()?.preadv(self.fd.as_fd(), offset)? as u64;
+            let vectors = target.io_vectors()?;
+            let len = match &self.direct {
+                Some(direct) if !fits(direct, &vectors, offset) => {
+                    direct.read(self.fd(), offset, target.len(), |data| target.clone().write_all(data))?
+                }
+                _ => vectors.preadv(self.fd(), offset)? as u64,
+            };
             if len == 0 {
                 break;
             }
@@ -86,8 +117,15 @@ impl HostFile {
     }
 
     pub fn write_all(&self, mut source: Cursor<'_>, mut offset: u64) -> io::Result<()> {
+        let _entered = self.enter(offset, source.len());
         while source.len() > 0 {
-            let len = source.io_vectors()?.pwritev(self.fd.as_fd(), offset)? as u64;
+            let vectors = source.io_vectors()?;
+            let len = match &self.direct {
+                Some(direct) if !fits(direct, &vectors, offset) => {
+                    direct.write(self.fd(), offset, source.len(), |data| source.clone().read_exact(data))?
+                }
+                _ => vectors.pwritev(self.fd(), offset)? as u64,
+            };
             if len == 0 {
                 return Err(io::ErrorKind::WriteZero.into());
             }
@@ -109,7 +147,11 @@ impl HostFile {
 
     /// A hint: where the file system can't, nothing happens.
     pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        match self.punch_hole(offset, len) {
+        let (start, len) = self.whole_blocks(offset, len);
+        if len == 0 {
+            return Ok(());
+        }
+        match self.punch_hole(start, len) {
             Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
             result => result,
         }
@@ -117,19 +159,58 @@ impl HostFile {
 
     /// The range must lie within the file.
     pub fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
+        let (start, whole) = self.whole_blocks(offset, len);
+        if whole == 0 {
+            return self.write_plain_zeroes(offset, len);
+        }
         let result = match may_unmap {
-            true => self.punch_hole(offset, len),
+            true => self.punch_hole(start, whole),
             false => retry(|| {
-                fallocate(&self.fd, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, offset, len)
+                fallocate(&self.fd, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, start, whole)
             }),
         };
         match result {
             Err(error) if error.kind() == io::ErrorKind::Unsupported => self.write_plain_zeroes(offset, len),
-            result => result,
+            Err(error) => Err(error),
+            Ok(()) => {
+                self.write_plain_zeroes(offset, start - offset)?;
+                self.write_plain_zeroes(start + whole, offset + len - start - whole)
+            }
         }
     }
 
+    /// What of a range can be zeroed without being written: its start and length, which may be nothing.
+    /// Files take any, block devices only whole blocks.
+    fn whole_blocks(&self, offset: u64, len: u64) -> (u64, u64) {
+        if !self.is_block_device {
+            return (offset, len);
+        }
+        let align = BLOCK_DEVICE_ALIGN as u64;
+        let end = (offset + len) / align * align;
+        let start = offset.next_multiple_of(align);
+        (start, end.saturating_sub(start))
+    }
+
+    /// To be held while a range is written.
+    fn enter(&self, offset: u64, len: u64) -> Entered<'_> {
+        self.direct.as_ref().map_or(Entered::Free, |direct| direct.enter(offset, len))
+    }
+
     fn write_plain_zeroes(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
+        if let Some(direct) = &self.direct {
+            let _entered = direct.enter(offset, len);
+            while len > 0 {
+                // The buffer's part of a block that is read first is not zero.
+                let zero = |data: &mut [u8]| {
+                    data.fill(0);
+                    Ok(())
+                };
+                let written = direct.write(self.fd(), offset, len, zero)?;
+                offset += written;
+                len -= written;
+            }
+            return Ok(());
+        }
         let zeroes = vec![0; len.min(ZERO_PIECE_BYTES) as usize];
         while len > 0 {
             let piece = &zeroes[..len.min(ZERO_PIECE_BYTES) as usize];
@@ -143,6 +224,10 @@ impl HostFile {
         }
         Ok(())
     }
+}
+
+fn fits(direct: &Direct, vectors: &IoVectors<'_>, offset: u64) -> bool {
+    direct.is_aligned(offset, vectors.len_bytes()) && vectors.are_aligned(direct.memory_align)
 }
 
 /// Repeats an interrupted call, and names what the file system lacks by one kind of error.
@@ -166,8 +251,17 @@ impl Display for HostFile {
 
 /// What imago's formats need of a file: for metadata, compressed clusters and copies on write.
 impl Storage for HostFile {
+    fn mem_align(&self) -> usize {
+        self.direct.as_ref().map_or(1, |direct| direct.memory_align)
+    }
+
+    fn req_align(&self) -> usize {
+        self.direct.as_ref().map_or(1, |direct| direct.offset_align)
+    }
+
     fn zero_align(&self) -> usize {
-        if self.is_block_device { BLOCK_DEVICE_ALIGN } else { 1 }
+        let align = if self.is_block_device { BLOCK_DEVICE_ALIGN } else { 1 };
+        align.max(self.req_align())
     }
 
     fn discard_align(&self) -> usize {
@@ -187,13 +281,13 @@ impl Storage for HostFile {
                 Err(Errno::INTR) => continue,
                 result => result?,
             };
-            if len == 0 {
+            io::IoSliceMut::advance_slices(&mut rest, len);
+            offset += len as u64;
+            if len == 0 || !offset.is_multiple_of(self.offset_align()) {
                 // Past the end of the file everything is zero.
                 rest.iter_mut().for_each(|vector| vector.fill(0));
                 break;
             }
-            io::IoSliceMut::advance_slices(&mut rest, len);
-            offset += len as u64;
         }
         Ok(())
     }

@@ -1,5 +1,5 @@
 //! A disk image as the block device sees it: a range of bytes that can be read, written, zeroed,
-//! flushed and grown. Callers check bounds against [`Image::capacity_bytes`] first.
+//! flushed and grown, by several threads at once. Callers check bounds against [`Image::capacity_bytes`] first.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -9,19 +9,24 @@ use crate::vmm::device::buffers::Cursor;
 
 pub(super) const SECTOR_BYTES: u64 = 512;
 
-pub(super) trait Image: Send {
+pub(super) trait Image: Send + Sync {
     /// A multiple of [`SECTOR_BYTES`]; what is left over at the end can't be reached.
     fn capacity_bytes(&self) -> u64;
     /// Whether discarding, and zeroing without writing, can do any good.
     fn can_discard(&self) -> bool;
-    fn read(&mut self, target: Cursor<'_>, offset: u64) -> io::Result<()>;
-    fn write(&mut self, source: Cursor<'_>, offset: u64) -> io::Result<()>;
-    /// Everything written is on stable storage when it returns.
-    fn flush(&mut self) -> io::Result<()>;
-    fn discard(&mut self, offset: u64, len: u64) -> io::Result<()>;
-    fn write_zeroes(&mut self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()>;
+    fn read(&self, target: Cursor<'_>, offset: u64) -> io::Result<()>;
+    fn write(&self, source: Cursor<'_>, offset: u64) -> io::Result<()>;
+    /// What is kept in memory of the image's own tables goes to the file.
+    fn write_back(&self) -> io::Result<()>;
+    /// Everything written to the file, and written back, is on stable storage when it returns.
+    fn sync(&self) -> io::Result<()>;
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()>;
+    fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()>;
     /// Grows to at least this capacity, which is no less than the present one.
-    fn grow(&mut self, capacity_bytes: u64) -> io::Result<()>;
+    fn grow(&self, capacity_bytes: u64) -> io::Result<()>;
+    /// The file whose bytes are the disk's, where there is one: then reads and writes may go to it
+    /// without the image.
+    fn plain_file(&self) -> Option<&HostFile>;
 }
 
 /// The file's bytes are the disk's bytes.
@@ -30,8 +35,20 @@ pub(super) struct RawImage {
 }
 
 impl RawImage {
-    pub fn new(fd: OwnedFd) -> io::Result<Self> {
-        Ok(Self { file: HostFile::new(fd)? })
+    pub fn new(fd: OwnedFd, direct: bool) -> io::Result<Self> {
+        let image = Self { file: HostFile::new(fd, direct)? };
+        image.check_size(image.file.size_bytes())?;
+        Ok(image)
+    }
+
+    /// Direct I/O can't write the last part of a block without making the file longer.
+    fn check_size(&self, bytes: u64) -> io::Result<()> {
+        let align = self.file.offset_align();
+        if bytes.is_multiple_of(align) {
+            return Ok(());
+        }
+        let text = format!("{bytes} bytes are not a multiple of {align}, as direct I/O needs it here");
+        Err(io::Error::new(io::ErrorKind::Unsupported, text))
     }
 }
 
@@ -44,7 +61,7 @@ impl Image for RawImage {
         true
     }
 
-    fn read(&mut self, target: Cursor<'_>, offset: u64) -> io::Result<()> {
+    fn read(&self, target: Cursor<'_>, offset: u64) -> io::Result<()> {
         let wanted = target.len();
         match self.file.read_available(target, offset)? {
             got if got == wanted => Ok(()),
@@ -53,24 +70,29 @@ impl Image for RawImage {
         }
     }
 
-    fn write(&mut self, source: Cursor<'_>, offset: u64) -> io::Result<()> {
+    fn write(&self, source: Cursor<'_>, offset: u64) -> io::Result<()> {
         self.file.write_all(source, offset)
     }
 
-    fn flush(&mut self) -> io::Result<()> {
+    fn write_back(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
     }
 
-    fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         self.file.discard(offset, len)
     }
 
-    fn write_zeroes(&mut self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
+    fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
         self.file.write_zeroes(offset, len, may_unmap)
     }
 
-    fn grow(&mut self, capacity_bytes: u64) -> io::Result<()> {
+    fn grow(&self, capacity_bytes: u64) -> io::Result<()> {
         if !self.file.is_block_device() {
+            self.check_size(capacity_bytes)?;
             return self.file.grow(capacity_bytes);
         }
         // A block device is grown by its owner; all we can do is look.
@@ -80,5 +102,9 @@ impl Image for RawImage {
             }
             _ => Ok(()),
         }
+    }
+
+    fn plain_file(&self) -> Option<&HostFile> {
+        Some(&self.file)
     }
 }

@@ -10,6 +10,8 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use imago::format::PreallocateMode;
 use imago::qcow2::Qcow2;
@@ -49,6 +51,8 @@ pub enum ImageRefused {
     Corrupt,
     #[error("its {0} is larger than any valid image needs")]
     TableSize(&'static str),
+    #[error("its clusters of {0} bytes are smaller than the {1} bytes that direct I/O writes at once here")]
+    ClusterSize(u64, u64),
     #[error("it has a backing file ({0:?}) that was not declared")]
     UndeclaredBacking(String),
     #[error("a backing file is declared, but it has none")]
@@ -70,16 +74,19 @@ pub(super) struct Layer {
 }
 
 pub(super) struct Qcow2Image {
-    access: FormatAccess<HostFile>,
+    /// Reads, writes and flushes may run beside one another: imago locks what they share. What takes
+    /// clusters away from the guest's data, or moves the tables, must be alone: another's data might be
+    /// on its way into a cluster that is freed.
+    access: RwLock<FormatAccess<HostFile>>,
+    capacity_bytes: AtomicU64,
     backing_bytes: u64,
     can_discard: bool,
     cluster_bytes: u64,
-    bounce: Vec<u8>,
 }
 
 impl Qcow2Image {
     /// Opens the chain, given from the top layer to the base. Only the top is ever written.
-    pub fn open(chain: Vec<Layer>, read_only: bool) -> Result<Self, ImageRefused> {
+    pub fn open(chain: Vec<Layer>, read_only: bool, direct: bool) -> Result<Self, ImageRefused> {
         let layers = chain.len();
         let mut below: Option<(FormatAccess<HostFile>, DiskFormat)> = None;
         let mut backing_bytes = 0;
@@ -87,20 +94,36 @@ impl Qcow2Image {
         for (depth, Layer { format, fd }) in chain.into_iter().enumerate().rev() {
             let writable = depth == 0 && !read_only;
             backing_bytes = below.as_ref().map_or(0, |(access, _)| access.size());
+            if format == DiskFormat::Raw && depth + 1 < layers {
+                return Err(ImageRefused::RawWithBacking);
+            }
+            if format == DiskFormat::Qcow2 {
+                top = check_header(&fd, below.is_some())?;
+            }
+            let file = HostFile::new(fd, direct)?;
             let access = match format {
-                DiskFormat::Raw if depth + 1 < layers => return Err(ImageRefused::RawWithBacking),
-                DiskFormat::Raw => FormatAccess::new(Raw::open_image(HostFile::new(fd)?, writable)?),
-                DiskFormat::Qcow2 => {
-                    top = check_header(&fd, below.is_some())?;
-                    open_layer(HostFile::new(fd)?, below, writable)?
+                DiskFormat::Raw => FormatAccess::new(Raw::open_image(file, writable)?),
+                DiskFormat::Qcow2 if top.cluster_bytes < file.offset_align() => {
+                    return Err(ImageRefused::ClusterSize(top.cluster_bytes, file.offset_align()));
                 }
+                DiskFormat::Qcow2 => open_layer(file, below, writable)?,
             };
             below = Some((access, format));
         }
         let (access, _) = below.ok_or(ImageRefused::NotQcow2)?;
         // Version 2 can't mark clusters as zero.
         let (can_discard, cluster_bytes) = (top.version >= 3, top.cluster_bytes);
-        Ok(Self { access, backing_bytes, can_discard, cluster_bytes, bounce: Vec::new() })
+        let capacity_bytes = AtomicU64::new(access.size() / SECTOR_BYTES * SECTOR_BYTES);
+        Ok(Self { access: RwLock::new(access), capacity_bytes, backing_bytes, can_discard, cluster_bytes })
+    }
+
+    fn shared(&self) -> RwLockReadGuard<'_, FormatAccess<HostFile>> {
+        // A panic ends the process: there is no poisoned lock to see.
+        self.access.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn alone(&self) -> RwLockWriteGuard<'_, FormatAccess<HostFile>> {
+        self.access.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The whole clusters of a range: their start and length, which may be nothing.
@@ -109,28 +132,25 @@ impl Qcow2Image {
         let start = offset.next_multiple_of(self.cluster_bytes);
         (start, end.saturating_sub(start))
     }
+}
 
-    /// Writes zeroes as data, but not where there are zeroes already.
-    fn write_plain_zeroes(&mut self, mut offset: u64, mut len: u64) -> io::Result<()> {
-        while len > 0 {
-            let (mapping, mapped) = self.access.get_mapping(offset, len)?;
-            let mut piece = mapped.min(BOUNCE_BYTES);
-            match mapping {
-                Mapping::Zero { .. } => piece = mapped,
-                _ => {
-                    self.bounce.clear();
-                    self.bounce.resize(piece as usize, 0);
-                    self.access.write(&self.bounce[..], offset)?;
-                }
-            }
-            if piece == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            offset += piece;
-            len -= piece;
+/// Writes zeroes as data, but not where there are zeroes already.
+fn write_plain_zeroes(access: &FormatAccess<HostFile>, mut offset: u64, mut len: u64) -> io::Result<()> {
+    let zeroes = vec![0; len.min(BOUNCE_BYTES) as usize];
+    while len > 0 {
+        let (mapping, mapped) = access.get_mapping(offset, len)?;
+        let mut piece = mapped.min(BOUNCE_BYTES);
+        match mapping {
+            Mapping::Zero { .. } => piece = mapped,
+            _ => access.write(&zeroes[..piece as usize], offset)?,
         }
-        Ok(())
+        if piece == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        offset += piece;
+        len -= piece;
     }
+    Ok(())
 }
 
 /// What we need to know of the top layer's header.
@@ -225,16 +245,18 @@ fn read_at(fd: &OwnedFd, data: &mut [u8], offset: u64) -> io::Result<usize> {
 
 impl Image for Qcow2Image {
     fn capacity_bytes(&self) -> u64 {
-        self.access.size() / SECTOR_BYTES * SECTOR_BYTES
+        self.capacity_bytes.load(Ordering::Acquire)
     }
 
     fn can_discard(&self) -> bool {
         self.can_discard
     }
 
-    fn read(&mut self, mut target: Cursor<'_>, mut offset: u64) -> io::Result<()> {
+    fn read(&self, mut target: Cursor<'_>, mut offset: u64) -> io::Result<()> {
+        let access = self.shared();
+        let mut bounce = Vec::new();
         while target.len() > 0 {
-            let (mapping, mut len) = self.access.get_mapping(offset, target.len())?;
+            let (mapping, mut len) = access.get_mapping(offset, target.len())?;
             match mapping {
                 Mapping::Raw { storage, offset, .. } => {
                     let mut piece = target.prefix(len);
@@ -247,9 +269,9 @@ impl Image for Qcow2Image {
                 Mapping::Eof { .. } => return Err(io::ErrorKind::UnexpectedEof.into()),
                 _ => {
                     len = len.min(BOUNCE_BYTES);
-                    self.bounce.resize(len as usize, 0);
-                    self.access.read(&mut self.bounce[..], offset)?;
-                    target.prefix(len).write_all(&self.bounce)?;
+                    bounce.resize(len as usize, 0);
+                    access.read(&mut bounce[..], offset)?;
+                    target.prefix(len).write_all(&bounce)?;
                 }
             }
             if len == 0 {
@@ -261,50 +283,63 @@ impl Image for Qcow2Image {
         Ok(())
     }
 
-    fn write(&mut self, mut source: Cursor<'_>, mut offset: u64) -> io::Result<()> {
+    fn write(&self, mut source: Cursor<'_>, mut offset: u64) -> io::Result<()> {
+        let access = self.shared();
         while source.len() > 0 {
-            let mapping = self.access.prepare_data_mapping(offset, source.len(), true)?;
+            let mapping = access.prepare_data_mapping(offset, source.len(), true)?;
             let len = mapping.length();
             mapping.storage().write_all(source.prefix(len), mapping.offset())?;
-            self.access.commit_data_mapping(mapping)?;
+            access.commit_data_mapping(mapping)?;
             source.skip(len);
             offset += len;
         }
         Ok(())
     }
 
-    fn flush(&mut self) -> io::Result<()> {
-        self.access.flush()?;
-        self.access.sync()
+    fn write_back(&self) -> io::Result<()> {
+        self.shared().flush()
     }
 
-    fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
+    fn sync(&self) -> io::Result<()> {
+        self.shared().sync()
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         let (start, len) = self.whole_clusters(offset, len);
-        if len == 0 { Ok(()) } else { self.access.discard_to_any(start, len) }
+        if len == 0 { Ok(()) } else { self.alone().discard_to_any(start, len) }
     }
 
     /// The whole clusters become zero by their metadata; the edges are written. (imago would do the
     /// edges, too, but its arithmetic overflows in a cluster that is larger than the disk.)
-    fn write_zeroes(&mut self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
+    fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
+        let mut access = self.alone();
         let (start, whole) = self.whole_clusters(offset, len);
         if whole == 0 {
-            return self.write_plain_zeroes(offset, len);
+            return write_plain_zeroes(&access, offset, len);
         }
         match may_unmap {
-            true => self.access.discard_to_zero(start, whole)?,
-            false => self.access.write_zeroes(start, whole)?,
+            true => access.discard_to_zero(start, whole)?,
+            false => access.write_zeroes(start, whole)?,
         }
-        self.write_plain_zeroes(offset, start - offset)?;
-        self.write_plain_zeroes(start + whole, offset + len - start - whole)
+        write_plain_zeroes(&access, offset, start - offset)?;
+        write_plain_zeroes(&access, start + whole, offset + len - start - whole)
     }
 
-    fn grow(&mut self, capacity_bytes: u64) -> io::Result<()> {
+    fn grow(&self, capacity_bytes: u64) -> io::Result<()> {
         // What the backing file has beyond the old end must not show through.
-        let mode = match self.backing_bytes > self.access.size() {
+        let access = self.alone();
+        let mode = match self.backing_bytes > access.size() {
             true => PreallocateMode::Zero,
             false => PreallocateMode::None,
         };
-        self.access.resize_grow(capacity_bytes, mode)?;
-        self.flush()
+        access.resize_grow(capacity_bytes, mode)?;
+        access.flush()?;
+        access.sync()?;
+        self.capacity_bytes.store(access.size() / SECTOR_BYTES * SECTOR_BYTES, Ordering::Release);
+        Ok(())
+    }
+
+    fn plain_file(&self) -> Option<&HostFile> {
+        None
     }
 }

@@ -11,20 +11,24 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
-use super::image::{Image, SECTOR_BYTES};
+use super::disk::{Accepted, Disk};
+use super::image::SECTOR_BYTES;
 use super::{SERIAL_BYTES, ZERO_SECTORS_MAX, ZERO_SEGMENTS_MAX};
 use crate::vmm::device::buffers::{Buffers, Cursor};
+use crate::vmm::device::limiter::Cost;
 use crate::vmm::memory::GuestMemory;
 
-const HEADER_BYTES: usize = 16;
+const HEADER_BYTES: u64 = 16;
 /// `struct virtio_blk_discard_write_zeroes`.
 const ZERO_SEGMENT_BYTES: usize = 16;
 
-/// Why a request fails; each is a status of its own.
-#[derive(Debug)]
-enum Failure {
+/// Why a request isn't done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Failure {
     Io,
     Unsupported,
+    /// The storage is full. Not for the guest to see: the request is tried again.
+    NoRoom,
 }
 
 impl From<io::Error> for Failure {
@@ -33,125 +37,197 @@ impl From<io::Error> for Failure {
     }
 }
 
-/// What a disk is to a request.
-pub(super) struct Disk {
-    pub image: Box<dyn Image>,
-    pub read_only: bool,
-    pub serial: [u8; SERIAL_BYTES],
-    /// Whether the driver flushes for itself.
-    pub driver_flushes: bool,
-    /// Whether the driver accepted discarding and writing zeroes.
-    pub driver_discards: bool,
-    pub driver_writes_zeroes: bool,
+impl Failure {
+    /// Of something that may need room.
+    pub fn of_write(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoRoom,
+            _ => Self::Io,
+        }
+    }
 }
 
-impl Disk {
-    /// Serves one request; returns how many bytes were written to the guest. A chain without a header
-    /// or a place for the status gets nothing at all.
-    pub fn serve(&mut self, buffers: &Buffers, memory: &GuestMemory) -> u32 {
-        let mut readable = buffers.readable(memory);
-        let mut writable = buffers.writable(memory);
-        let mut header = [0; HEADER_BYTES];
-        if readable.read_exact(&mut header).is_err() || writable.len() == 0 {
-            return 0;
+/// What a request asks for. Ranges are of whole sectors and lie within the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Operation {
+    Read { offset: u64, len: u64 },
+    Write { offset: u64, len: u64 },
+    Flush,
+    GetId,
+    Discard,
+    WriteZeroes,
+}
+
+impl Operation {
+    /// What the disk's limits count.
+    pub fn cost(self) -> Cost {
+        match self {
+            Self::Read { len, .. } | Self::Write { len, .. } => Cost::one(len),
+            _ => Cost::one(0),
         }
-        let data = writable.prefix(writable.len() - 1);
-        writable.skip(data.len());
-        let [kind, sector] = [u64_at(&header, 0) & u64::from(u32::MAX), u64_at(&header, 8)];
-        let (status, written) = match self.perform(kind as u32, sector, readable, data) {
-            Ok(written) => (VIRTIO_BLK_S_OK, written),
-            Err(Failure::Io) => (VIRTIO_BLK_S_IOERR, 0),
+    }
+}
+
+/// What a request that was done did, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Done {
+    /// Written to the guest, beside the status.
+    pub written: u64,
+    /// Discarded, or made zero.
+    pub zeroed: u64,
+}
+
+/// A request taken from the queue.
+pub(super) struct Request {
+    /// Of its chain of descriptors.
+    pub head: u16,
+    pub buffers: Buffers,
+}
+
+impl Request {
+    /// Reads the header, once. `None`: without a header or a place for the status nothing can be said
+    /// to the guest.
+    pub fn parse(
+        &self,
+        memory: &GuestMemory,
+        disk: &Disk,
+        accepted: Accepted,
+    ) -> Option<Result<Operation, Failure>> {
+        let mut header = [0; HEADER_BYTES as usize];
+        self.buffers.readable(memory).read_exact(&mut header).ok()?;
+        if self.buffers.writable(memory).len() == 0 {
+            return None;
+        }
+        let (kind, sector) = (u64_at(&header, 0) as u32, u64_at(&header, 8));
+        Some(self.operation(memory, disk, accepted, kind, sector))
+    }
+
+    fn operation(
+        &self,
+        memory: &GuestMemory,
+        disk: &Disk,
+        accepted: Accepted,
+        kind: u32,
+        sector: u64,
+    ) -> Result<Operation, Failure> {
+        match kind {
+            VIRTIO_BLK_T_IN => {
+                let len = self.target(memory).len();
+                Ok(Operation::Read { offset: disk.range(sector, len)?, len })
+            }
+            VIRTIO_BLK_T_GET_ID => Ok(Operation::GetId),
+            VIRTIO_BLK_T_FLUSH => Ok(Operation::Flush),
+            VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES if disk.read_only => {
+                Err(Failure::Io)
+            }
+            VIRTIO_BLK_T_OUT => {
+                let len = self.source(memory).len();
+                Ok(Operation::Write { offset: disk.range(sector, len)?, len })
+            }
+            VIRTIO_BLK_T_DISCARD if accepted.discard => Ok(Operation::Discard),
+            VIRTIO_BLK_T_WRITE_ZEROES if accepted.write_zeroes => Ok(Operation::WriteZeroes),
+            _ => Err(Failure::Unsupported),
+        }
+    }
+
+    /// What the guest sends beside the header.
+    pub fn source<'a>(&'a self, memory: &'a GuestMemory) -> Cursor<'a> {
+        let mut source = self.buffers.readable(memory);
+        source.skip(HEADER_BYTES);
+        source
+    }
+
+    /// What the guest gets beside the status.
+    pub fn target<'a>(&'a self, memory: &'a GuestMemory) -> Cursor<'a> {
+        let target = self.buffers.writable(memory);
+        target.prefix(target.len().saturating_sub(1))
+    }
+
+    /// Does it, to its end.
+    pub fn perform(
+        &self,
+        operation: Operation,
+        memory: &GuestMemory,
+        disk: &Disk,
+        accepted: Accepted,
+    ) -> Result<Done, Failure> {
+        let mut done = Done::default();
+        match operation {
+            Operation::Read { offset, len } => {
+                disk.image.read(self.target(memory), offset)?;
+                done.written = len;
+            }
+            Operation::GetId => {
+                let mut target = self.target(memory);
+                let len = target.len().min(SERIAL_BYTES as u64);
+                target.write_all(&disk.serial[..len as usize])?;
+                done.written = len;
+            }
+            Operation::Flush => disk.flush()?,
+            Operation::Write { offset, .. } => {
+                disk.note_write();
+                disk.image.write(self.source(memory), offset).map_err(Failure::of_write)?;
+                disk.settle_write(accepted)?;
+            }
+            Operation::Discard | Operation::WriteZeroes => {
+                disk.note_write();
+                done.zeroed = zero_segments(disk, self.source(memory), operation == Operation::Discard)?;
+                disk.settle_write(accepted)?;
+            }
+        }
+        Ok(done)
+    }
+
+    /// Tells the guest the status; gives how many bytes of its buffers were written, all together.
+    pub fn answer(&self, result: Result<Done, Failure>, memory: &GuestMemory) -> u32 {
+        let (status, written) = match result {
+            Ok(done) => (VIRTIO_BLK_S_OK, done.written),
             Err(Failure::Unsupported) => (VIRTIO_BLK_S_UNSUPP, 0),
+            Err(Failure::Io | Failure::NoRoom) => (VIRTIO_BLK_S_IOERR, 0),
         };
+        let mut writable = self.buffers.writable(memory);
+        writable.skip(writable.len() - 1);
         match writable.write_all(&[status as u8]) {
             // More than 4 GiB can't be written: a chain is shorter than that.
             Ok(()) => written as u32 + 1,
             Err(_) => 0,
         }
     }
-
-    /// Returns how many bytes of `target` were written.
-    fn perform(
-        &mut self,
-        kind: u32,
-        sector: u64,
-        source: Cursor<'_>,
-        target: Cursor<'_>,
-    ) -> Result<u64, Failure> {
-        match kind {
-            VIRTIO_BLK_T_IN => {
-                let (len, offset) = (target.len(), self.range(sector, target.len())?);
-                self.image.read(target, offset)?;
-                return Ok(len);
-            }
-            VIRTIO_BLK_T_GET_ID => {
-                let mut target = target;
-                let len = target.len().min(SERIAL_BYTES as u64);
-                target.write_all(&self.serial[..len as usize])?;
-                return Ok(len);
-            }
-            VIRTIO_BLK_T_FLUSH => self.image.flush()?,
-            VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES if self.read_only => {
-                return Err(Failure::Io);
-            }
-            VIRTIO_BLK_T_OUT => {
-                let offset = self.range(sector, source.len())?;
-                self.image.write(source, offset)?;
-                if !self.driver_flushes {
-                    self.image.flush()?;
-                }
-            }
-            VIRTIO_BLK_T_DISCARD if self.driver_discards => self.zero_segments(source, true)?,
-            VIRTIO_BLK_T_WRITE_ZEROES if self.driver_writes_zeroes => self.zero_segments(source, false)?,
-            _ => return Err(Failure::Unsupported),
-        }
-        Ok(0)
-    }
-
-    /// The byte offset of a range of whole sectors within the disk.
-    fn range(&self, sector: u64, len: u64) -> Result<u64, Failure> {
-        let offset = sector.checked_mul(SECTOR_BYTES).ok_or(Failure::Io)?;
-        let end = offset.checked_add(len).ok_or(Failure::Io)?;
-        let fits = len.is_multiple_of(SECTOR_BYTES) && end <= self.image.capacity_bytes();
-        if fits { Ok(offset) } else { Err(Failure::Io) }
-    }
-
-    fn zero_segments(&mut self, mut source: Cursor<'_>, discard: bool) -> Result<(), Failure> {
-        let count = source.len() / ZERO_SEGMENT_BYTES as u64;
-        if !source.len().is_multiple_of(ZERO_SEGMENT_BYTES as u64) || count > u64::from(ZERO_SEGMENTS_MAX) {
-            return Err(Failure::Io);
-        }
-        for _ in 0..count {
-            let mut segment = [0; ZERO_SEGMENT_BYTES];
-            source.read_exact(&mut segment)?;
-            let (sector, rest) = (u64_at(&segment, 0), u64_at(&segment, 8));
-            let (sectors, flags) = (rest as u32, (rest >> 32) as u32);
-            let unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
-            if flags & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0 || discard && unmap {
-                return Err(Failure::Unsupported);
-            }
-            if sectors > ZERO_SECTORS_MAX {
-                return Err(Failure::Io);
-            }
-            let len = u64::from(sectors) * SECTOR_BYTES;
-            let offset = self.range(sector, len)?;
-            if len == 0 {
-                continue;
-            }
-            match discard {
-                true => self.image.discard(offset, len)?,
-                false => self.image.write_zeroes(offset, len, unmap)?,
-            }
-        }
-        if !self.driver_flushes {
-            self.image.flush()?;
-        }
-        Ok(())
-    }
 }
 
-fn u64_at(bytes: &[u8; 16], at: usize) -> u64 {
-    let mut word = [0; 8];
-    word.copy_from_slice(&bytes[at..at + 8]);
-    u64::from_le_bytes(word)
+fn zero_segments(disk: &Disk, mut source: Cursor<'_>, discard: bool) -> Result<u64, Failure> {
+    let count = source.len() / ZERO_SEGMENT_BYTES as u64;
+    if !source.len().is_multiple_of(ZERO_SEGMENT_BYTES as u64) || count > u64::from(ZERO_SEGMENTS_MAX) {
+        return Err(Failure::Io);
+    }
+    let mut zeroed = 0;
+    for _ in 0..count {
+        let mut segment = [0; ZERO_SEGMENT_BYTES];
+        source.read_exact(&mut segment)?;
+        let (sector, rest) = (u64_at(&segment, 0), u64_at(&segment, 8));
+        let (sectors, flags) = (rest as u32, (rest >> 32) as u32);
+        let unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
+        if flags & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0 || discard && unmap {
+            return Err(Failure::Unsupported);
+        }
+        if sectors > ZERO_SECTORS_MAX {
+            return Err(Failure::Io);
+        }
+        let len = u64::from(sectors) * SECTOR_BYTES;
+        let offset = disk.range(sector, len)?;
+        if len == 0 {
+            continue;
+        }
+        let result = match discard {
+            true => disk.image.discard(offset, len),
+            false => disk.image.write_zeroes(offset, len, unmap),
+        };
+        result.map_err(Failure::of_write)?;
+        zeroed += len;
+    }
+    Ok(zeroed)
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(std::array::from_fn(|index| bytes[at + index]))
 }

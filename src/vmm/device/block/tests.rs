@@ -4,13 +4,18 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
 use crate::vmm::device::testing::{
     Driver, EVENT_IDX, HIGH_START, LOW_BYTES, NEXT, WRITE, sandbox_hook, tool,
 };
 
+mod bench;
+mod limits;
+mod model;
 mod qcow2;
+mod room;
 
 const HEADER: u64 = 0x10_0000;
 const STATUS: u64 = 0x10_1000;
@@ -60,6 +65,12 @@ impl Drop for Scratch {
     }
 }
 
+/// Where nobody listens.
+fn events() -> EventSender {
+    let wake = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+    EventSender { queue: std::sync::mpsc::channel().0, wake }
+}
+
 fn config(path: &str, format: DiskFormat) -> DiskConfig {
     DiskConfig::new("root-disk-with-a-long-name", path, format)
 }
@@ -73,7 +84,7 @@ fn open_ro(path: &str) -> OwnedFd {
 }
 
 fn block(path: &str, format: DiskFormat) -> Block {
-    Block::new(&config(path, format), open_rw(path), Vec::new(), &sandbox_hook()).unwrap()
+    Block::new(&config(path, format), open_rw(path), Vec::new(), &sandbox_hook(), events()).unwrap()
 }
 
 fn started(block: Block) -> Driver {
@@ -232,7 +243,7 @@ fn a_read_only_disk_is_never_written() {
     let path = scratch.raw("disk", MIB);
     let mut config = config(&path, DiskFormat::Raw);
     config.read_only = true;
-    let block = Block::new(&config, open_ro(&path), Vec::new(), &sandbox_hook()).unwrap();
+    let block = Block::new(&config, open_ro(&path), Vec::new(), &sandbox_hook(), events()).unwrap();
     let handle = block.handle();
     let mut driver = Driver::new(block);
     let offered = driver.offered();
@@ -382,7 +393,7 @@ fn a_failing_hook_fails_the_device() {
         assert_eq!(std::thread::current().name(), Some("disk-root-disk-with-a-long-name"));
         Err(io::ErrorKind::PermissionDenied.into())
     });
-    let result = Block::new(&config(&path, DiskFormat::Raw), open_rw(&path), Vec::new(), &hook);
+    let result = Block::new(&config(&path, DiskFormat::Raw), open_rw(&path), Vec::new(), &hook, events());
     assert!(refusal(result).contains("permission denied"));
 }
 

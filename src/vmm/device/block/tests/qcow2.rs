@@ -10,7 +10,7 @@ fn overlay(path: &str, backing: &[(&str, DiskFormat)]) -> Result<Block, BlockErr
         .map(|(path, format)| BackingConfig { path: path.to_string(), format: *format })
         .collect();
     let fds = backing.iter().map(|(path, _)| open_ro(path)).collect();
-    Block::new(&config, open_rw(path), fds, &sandbox_hook())
+    Block::new(&config, open_rw(path), fds, &sandbox_hook(), events())
 }
 
 #[test]
@@ -141,7 +141,7 @@ fn growing_never_shows_what_the_backing_file_has_beyond() {
 }
 
 fn opened(path: &str) -> Result<Block, BlockError> {
-    Block::new(&config(path, DiskFormat::Qcow2), open_rw(path), Vec::new(), &sandbox_hook())
+    Block::new(&config(path, DiskFormat::Qcow2), open_rw(path), Vec::new(), &sandbox_hook(), events())
 }
 
 #[test]
@@ -165,7 +165,7 @@ fn dangerous_images_are_refused_by_name() {
     std::fs::write(&path, b"").unwrap();
     assert!(refusal(opened(&path)).contains("not a qcow2"));
     let pipe = rustix::pipe::pipe().unwrap().0;
-    let result = Block::new(&config(&path, DiskFormat::Raw), pipe, Vec::new(), &sandbox_hook());
+    let result = Block::new(&config(&path, DiskFormat::Raw), pipe, Vec::new(), &sandbox_hook(), events());
     assert!(refusal(result).contains("neither a file nor a block device"));
 }
 
