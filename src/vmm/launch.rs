@@ -15,8 +15,9 @@ use rustix::net::sockopt::{self, Timeout};
 
 use super::boot::BootFiles;
 use super::client::LAUNCH_TIMEOUT;
-use super::config::{BootConfig, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, VCPUS_MAX, VmConfig};
+use super::config::{BootConfig, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, QUEUES_MAX, VCPUS_MAX, VmConfig};
 use super::console::{LOG_BYTES_MAX, Log};
+use super::device::net::NicFiles;
 use super::exit;
 use super::machine::{Built, MachineError, MachineFiles, source_of};
 use super::packet::{self, PacketError};
@@ -162,6 +163,10 @@ fn check(config: &VmConfig) -> Result<(), LaunchFailure> {
     if devices > devices_max {
         return fail(format!("{devices} disks and NICs, more than {devices_max}"));
     }
+    if let Some(nic) = config.nics.iter().find(|nic| !(1..=QUEUES_MAX).contains(&nic.queue_pairs)) {
+        let (name, pairs) = (&nic.name, nic.queue_pairs);
+        return fail(format!("{pairs} queue pairs of the NIC {name:?}, not 1 to {QUEUES_MAX}"));
+    }
     let disks = config.disks.iter().map(|disk| disk.name.as_str());
     let mut names: Vec<&str> = disks.chain(config.nics.iter().map(|nic| nic.name.as_str())).collect();
     names.sort_unstable();
@@ -199,11 +204,21 @@ impl Files {
                 .collect::<Result<_, _>>()?;
             disks.push((image, backing));
         }
-        let taps = config
-            .nics
-            .iter()
-            .map(|nic| take(FdRole::Tap { nic: nic.name.clone(), pair: 0 }))
-            .collect::<Result<_, _>>()?;
+        let mut nics = Vec::with_capacity(config.nics.len());
+        for nic in &config.nics {
+            let pairs = 0..nic.queue_pairs;
+            let taps = pairs.clone().map(|pair| take(FdRole::Tap { nic: nic.name.clone(), pair }));
+            let taps = taps.collect::<Result<_, _>>()?;
+            // Where there is one for the first pair, there is one for each.
+            let has_vhost = take(FdRole::Vhost { nic: nic.name.clone(), pair: 0 });
+            let vhosts = match has_vhost {
+                Ok(first) => std::iter::once(Ok(first))
+                    .chain(pairs.skip(1).map(|pair| take(FdRole::Vhost { nic: nic.name.clone(), pair })))
+                    .collect::<Result<_, _>>()?,
+                Err(_) => Vec::new(),
+            };
+            nics.push(NicFiles { taps, vhosts });
+        }
         let BootConfig::Kernel(boot) = &config.boot else {
             return Err(LaunchFailure::Config("boot from a disk is not there yet".into()));
         };
@@ -220,7 +235,7 @@ impl Files {
                     cmdline: boot.cmdline.clone(),
                 },
                 disks,
-                taps,
+                nics,
             },
             control: take(FdRole::Control)?,
             exit_record: take(FdRole::ExitRecord)?,

@@ -339,6 +339,9 @@ counted! {
         tap_errors: Counter,
         receive_throttled: Counter,
         transmit_throttled: Counter,
+        /// Queue pairs whose frames the host's kernel moves (vhost). What it moves is counted by the tap,
+        /// and not here.
+        kernel_pairs: Gauge,
         /// Notifications by the guest.
         notifications: Counter,
         /// Interrupts for the guest.

@@ -13,9 +13,10 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{Timespec, epoll::Event as EpollEvent};
 
 use super::conditions::Conditions;
-use super::config::{Limits, VmConfig};
+use super::config::{Limits, NicConfig, VmConfig};
 use super::console::Log;
 use super::control::{Clients, Received};
+use super::device::net::{NetError, NetHandle};
 use super::event::MachineEvent;
 use super::machine::{Machine, MachineError, Signals, source_of};
 use super::protocol::{
@@ -351,7 +352,13 @@ impl Supervisor {
     }
 
     fn request(&mut self, client: u64, verb: Verb, fds: Vec<OwnedFd>) -> Result<(), End> {
-        let wanted = usize::from(matches!(verb, Verb::ReplaceTap { .. }));
+        let wanted = match &verb {
+            Verb::ReplaceTap { nic } => {
+                let config = self.config.nics.iter().find(|config| config.name == *nic);
+                config.map_or(1, |config| config.queue_pairs.into())
+            }
+            _ => 0,
+        };
         let plugs = matches!(verb, Verb::AddDisk { .. } | Verb::AddNic { .. });
         if !plugs && fds.len() != wanted {
             let message = format!("the request needs {wanted} descriptors and came with {}", fds.len());
@@ -393,7 +400,16 @@ impl Supervisor {
             Verb::AddDisk { disk } => self.add_disk(disk, fds),
             Verb::AddNic { nic } => self.add_nic(nic, fds),
             Verb::RemoveDevice { device } => self.remove_device(&device),
-            Verb::SetNicLimits { .. } | Verb::SetLink { .. } | Verb::SetBalloon { .. } | Verb::Metrics => {
+            Verb::SetNicLimits { nic, receive, transmit } => self.change_nic(&nic, |handle, config| {
+                handle.set_limits(receive, transmit);
+                (config.receive_limits, config.transmit_limits) = (receive, transmit);
+                Ok(())
+            }),
+            Verb::SetLink { nic, up } => self.change_nic(&nic, |handle, config| {
+                config.link_up = up;
+                handle.set_link(up)
+            }),
+            Verb::SetBalloon { .. } | Verb::Metrics => {
                 Response::Error { message: "this machine can't do that".into() }
             }
             Verb::ConsoleAttach { replay_bytes } => {
@@ -434,25 +450,37 @@ impl Supervisor {
         }
     }
 
-    fn replace_tap(&mut self, nic: &str, fds: Vec<OwnedFd>) -> Response {
-        let Some(handle) = self.machine.nic(nic) else {
-            return Response::Error { message: format!("this VM has no NIC {nic:?}") };
+    fn replace_tap(&mut self, nic: &str, taps: Vec<OwnedFd>) -> Response {
+        // As many descriptors came as the NIC has queue pairs: the caller has counted.
+        let mut names = taps.iter().map(tap_name);
+        let name = match names.next() {
+            Some(Ok(name)) => name,
+            Some(Err(error)) => {
+                return Response::Error { message: format!("the descriptor is no tap: {error}") };
+            }
+            None => return Response::Error { message: "no descriptor came with the request".into() },
         };
-        // One descriptor came: the caller has counted.
-        let Some(tap) = fds.into_iter().next() else {
-            return Response::Error { message: "no descriptor came with the request".into() };
-        };
-        let name = match tap_name(&tap) {
-            Ok(name) => name,
-            Err(error) => return Response::Error { message: format!("the descriptor is no tap: {error}") },
-        };
-        let response = answer(handle.replace_tap(tap));
-        if response == Response::Done
-            && let Some(config) = self.config.nics.iter_mut().find(|config| config.name == nic)
-        {
-            config.tap = name;
+        if !names.all(|other| other.is_ok_and(|other| other == name)) {
+            return Response::Error { message: format!("not all descriptors are of the tap {name}") };
         }
-        response
+        self.change_nic(nic, |handle, config| {
+            handle.replace_tap(taps)?;
+            config.tap = name;
+            Ok(())
+        })
+    }
+
+    /// Changes a NIC of the running machine, and what this process says that it runs.
+    fn change_nic(
+        &mut self,
+        nic: &str,
+        change: impl FnOnce(&NetHandle, &mut NicConfig) -> Result<(), NetError>,
+    ) -> Response {
+        let config = self.config.nics.iter_mut().find(|config| config.name == nic);
+        match (self.machine.nic(nic), config) {
+            (Some(handle), Some(config)) => answer(change(handle, config)),
+            _ => Response::Error { message: format!("this VM has no NIC {nic:?}") },
+        }
     }
 }
 

@@ -6,6 +6,7 @@
 
 use std::io;
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use virtio_queue::DescriptorChain;
@@ -68,6 +69,31 @@ impl Buffers {
             }
         }
         Ok(())
+    }
+
+    /// Adds the buffers of a chain that the device only writes to, all of them in guest memory; gives
+    /// their length. On an error nothing is added.
+    pub fn append_writable(
+        &mut self,
+        chain: DescriptorChain<&GuestMemory>,
+        memory: &GuestMemory,
+    ) -> Result<u64, Malformed> {
+        let (readable, writable) = (self.readable.len(), self.writable.len());
+        let result = self.append(chain).and_then(|()| {
+            let added = &self.writable[writable..];
+            let backed = added.iter().all(|segment| {
+                segment.len == 0 || memory.check_range(segment.address, segment.len, Permissions::ReadWrite)
+            });
+            if !backed || self.readable.len() > readable {
+                return Err(Malformed);
+            }
+            Ok(added.iter().map(|segment| segment.len as u64).sum())
+        });
+        if result.is_err() {
+            self.readable.truncate(readable);
+            self.writable.truncate(writable);
+        }
+        result
     }
 
     pub fn readable<'a>(&'a self, memory: &'a GuestMemory) -> Cursor<'a> {
@@ -183,9 +209,7 @@ impl<'a> Cursor<'a> {
                 if vectors.count == IOVECS_MAX {
                     break 'segments;
                 }
-                vectors.vectors[vectors.count] =
-                    libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() };
-                vectors.count += 1;
+                vectors.push(slice.ptr_guard_mut().as_ptr(), slice.len());
             }
             cursor.skip(len as u64);
         }
@@ -200,32 +224,44 @@ fn bad_address(error: impl std::fmt::Display) -> io::Error {
 /// I/O vectors over guest memory, for the kernel alone to read and write: the guest may change the
 /// bytes at any time, so Rust must never see a reference to them.
 pub(super) struct IoVectors<'m> {
-    vectors: [libc::iovec; IOVECS_MAX],
+    /// The first `count` are set. The rest isn't even zeroed: this is made for each frame of a NIC.
+    vectors: [MaybeUninit<libc::iovec>; IOVECS_MAX + 1],
     count: usize,
+    len_bytes: u64,
     memory: PhantomData<&'m GuestMemory>,
 }
 
 impl Default for IoVectors<'_> {
     fn default() -> Self {
-        let empty = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
-        Self { vectors: [empty; IOVECS_MAX], count: 0, memory: PhantomData }
+        let vectors = [const { MaybeUninit::uninit() }; IOVECS_MAX + 1];
+        Self { vectors, count: 0, len_bytes: 0, memory: PhantomData }
     }
 }
 
 impl IoVectors<'_> {
     pub fn len_bytes(&self) -> u64 {
-        self.vectors[..self.count].iter().map(|vector| vector.iov_len as u64).sum()
+        self.len_bytes
+    }
+
+    fn push(&mut self, base: *mut u8, len: usize) {
+        self.vectors[self.count].write(libc::iovec { iov_base: base.cast(), iov_len: len });
+        self.count += 1;
+        self.len_bytes += len as u64;
+    }
+
+    fn as_ptr(&self) -> *const libc::iovec {
+        self.vectors.as_ptr().cast()
     }
 
     /// For who hands them to the kernel by other means, and sees to it that guest memory outlives that.
     pub fn as_slice(&self) -> &[libc::iovec] {
-        &self.vectors[..self.count]
+        // SAFETY: `push` has set the first `count`, and nothing unsets them.
+        unsafe { std::slice::from_raw_parts(self.as_ptr(), self.count) }
     }
 
     /// Whether each lies and ends at a multiple of `align`.
     pub fn are_aligned(&self, align: usize) -> bool {
-        let vectors = &self.vectors[..self.count];
-        vectors.iter().all(|vector| (vector.iov_base as usize | vector.iov_len).is_multiple_of(align))
+        self.as_slice().iter().all(|vector| (vector.iov_base as usize | vector.iov_len).is_multiple_of(align))
     }
 
     fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
@@ -241,26 +277,34 @@ impl IoVectors<'_> {
     }
 
     pub fn preadv(&self, fd: BorrowedFd<'_>, offset: u64) -> io::Result<usize> {
-        let (vectors, count, offset) = (self.vectors.as_ptr(), self.count as i32, to_offset(offset)?);
+        let (vectors, count, offset) = (self.as_ptr(), self.count as i32, to_offset(offset)?);
         // SAFETY: the first `count` vectors lie in guest memory, which is mapped for `'m` and which
         // only volatile accesses and the kernel touch.
         Self::retry(|| unsafe { libc::preadv(fd.as_raw_fd(), vectors, count, offset) })
     }
 
     pub fn pwritev(&self, fd: BorrowedFd<'_>, offset: u64) -> io::Result<usize> {
-        let (vectors, count, offset) = (self.vectors.as_ptr(), self.count as i32, to_offset(offset)?);
+        let (vectors, count, offset) = (self.as_ptr(), self.count as i32, to_offset(offset)?);
         // SAFETY: as for `preadv`.
         Self::retry(|| unsafe { libc::pwritev(fd.as_raw_fd(), vectors, count, offset) })
     }
 
     pub fn readv(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
         // SAFETY: as for `preadv`.
-        Self::retry(|| unsafe { libc::readv(fd.as_raw_fd(), self.vectors.as_ptr(), self.count as i32) })
+        Self::retry(|| unsafe { libc::readv(fd.as_raw_fd(), self.as_ptr(), self.count as i32) })
     }
 
     pub fn writev(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
         // SAFETY: as for `preadv`.
-        Self::retry(|| unsafe { libc::writev(fd.as_raw_fd(), self.vectors.as_ptr(), self.count as i32) })
+        Self::retry(|| unsafe { libc::writev(fd.as_raw_fd(), self.as_ptr(), self.count as i32) })
+    }
+
+    /// Reads into the vectors, and what doesn't fit into them to `rest`.
+    pub fn readv_and_rest(mut self, fd: BorrowedFd<'_>, rest: &mut [u8]) -> io::Result<usize> {
+        // There is a place for it beyond those of the guest's buffers.
+        self.push(rest.as_mut_ptr(), rest.len());
+        // SAFETY: as for `preadv`; the last vector is `rest`, which is borrowed until the call returns.
+        Self::retry(|| unsafe { libc::readv(fd.as_raw_fd(), self.as_ptr(), self.count as i32) })
     }
 }
 

@@ -164,6 +164,10 @@ impl SharedLimiter {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub fn is_unlimited(&self) -> bool {
+        self.unlimited.load(Ordering::Acquire)
+    }
+
     /// Those that wait should be woken: their waits were reckoned at the old rate.
     pub fn set(&self, limits: Limits) {
         let mut state = self.lock();
@@ -174,7 +178,7 @@ impl SharedLimiter {
     /// As [`Limiter::take`], for the thread of this number: once refused it keeps its place in the line
     /// until it passes or gives up.
     pub fn take(&self, thread: usize, cost: Cost) -> Result<(), Duration> {
-        if self.unlimited.load(Ordering::Acquire) {
+        if self.is_unlimited() {
             return Ok(());
         }
         self.lock().take(thread, cost, Instant::now())

@@ -62,6 +62,33 @@ impl VirtQueue {
         self.queue.size()
     }
 
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// The rings as the driver set them up, for somebody else to serve them (vhost).
+    pub fn rings(&self) -> &Queue {
+        &self.queue
+    }
+
+    /// Goes on where somebody else has stopped who served the queue meanwhile. What that one used last
+    /// may not have been announced.
+    pub fn resume(&mut self, memory: &GuestMemory, next_available: u16) -> Result<(), BrokenQueue> {
+        self.queue.set_next_avail(next_available);
+        let address = GuestAddress(self.queue.used_ring() + 2);
+        let used = memory.load(address, Ordering::Acquire).map(u16::from_le);
+        self.next_used = Wrapping(used.map_err(|error| self.broken(error))?);
+        self.published = self.next_used;
+        self.signalled = self.next_used;
+        Ok(())
+    }
+
+    /// As if the driver had notified this queue, for whoever watches for that.
+    pub fn kick(&self) {
+        // Fails only when the counter is full, and then the queue is notified already.
+        let _ = self.kick.write(1);
+    }
+
     pub fn kick_fd(&self) -> BorrowedFd<'_> {
         event_fd(&self.kick)
     }
@@ -130,9 +157,18 @@ impl VirtQueue {
         memory: &GuestMemory,
         interrupt: &dyn Interrupt,
     ) -> Result<(), BrokenQueue> {
+        self.publish_and_count(memory, interrupt).map(drop)
+    }
+
+    /// As [`Self::publish_and_signal`]; gives how many interrupts that took.
+    pub fn publish_and_count(
+        &mut self,
+        memory: &GuestMemory,
+        interrupt: &dyn Interrupt,
+    ) -> Result<u64, BrokenQueue> {
         self.publish(memory)?;
         if self.signalled == self.published {
-            return Ok(());
+            return Ok(0);
         }
         // The driver stores its wish and then reads the used index; we do the reverse.
         fence(Ordering::SeqCst);
@@ -149,7 +185,7 @@ impl VirtQueue {
             interrupt.signal_queue(self.index);
             self.interrupts += 1;
         }
-        Ok(())
+        Ok(wanted.into())
     }
 
     fn load_avail(&self, memory: &GuestMemory, offset: u64) -> Result<u16, BrokenQueue> {

@@ -32,7 +32,7 @@ use crate::vmm::cpu::{self, CpuError};
 use crate::vmm::device::ThreadStart;
 use crate::vmm::device::block::{Block, BlockError, BlockHandle};
 use crate::vmm::device::entropy::Entropy;
-use crate::vmm::device::net::{Net, NetError, NetHandle};
+use crate::vmm::device::net::{Net, NetError, NetHandle, NicFiles};
 use crate::vmm::event::{EventSender, MachineEvent};
 use crate::vmm::gate::{Gate, Order};
 use crate::vmm::layout;
@@ -118,7 +118,7 @@ pub struct MachineFiles {
     /// In the order of `config.disks`: the image and its backing chain.
     pub disks: Vec<(OwnedFd, Vec<OwnedFd>)>,
     /// In the order of `config.nics`.
-    pub taps: Vec<OwnedFd>,
+    pub nics: Vec<NicFiles>,
 }
 
 /// What the event loop listens to.
@@ -215,7 +215,7 @@ impl Built {
             interrupt_chips,
             events: sender,
         };
-        machine.add_devices(config, files.disks, files.taps, start)?;
+        machine.add_devices(config, files.disks, files.nics, start)?;
         let entry = machine.load()?;
         let (output, input_wanted) = serial_signals;
         let signals = Signals { events, events_wake, output, input_wanted };
@@ -341,7 +341,7 @@ impl Machine {
         &mut self,
         config: &VmConfig,
         disks: Vec<(OwnedFd, Vec<OwnedFd>)>,
-        taps: Vec<OwnedFd>,
+        nics: Vec<NicFiles>,
         start: &ThreadStart,
     ) -> Result<(), MachineError> {
         for (disk, (file, backing)) in config.disks.iter().zip(disks) {
@@ -349,8 +349,8 @@ impl Machine {
                 Block::new(disk, file, backing, start, self.events.clone()).map_err(MachineError::Disk)?;
             self.insert_disk(&disk.name, block)?;
         }
-        for (nic, tap) in config.nics.iter().zip(taps) {
-            let net = Net::new(nic, tap, start).map_err(MachineError::Nic)?;
+        for (nic, files) in config.nics.iter().zip(nics) {
+            let net = Net::new(nic, files, start).map_err(MachineError::Nic)?;
             self.insert_nic(&nic.name, net)?;
         }
         let entropy = Entropy::new(start).map_err(io("start the entropy device's thread"))?;

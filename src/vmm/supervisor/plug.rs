@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use super::{Supervisor, answer};
 use crate::vmm::config::{DiskConfig, NicConfig};
 use crate::vmm::device::block::Block;
-use crate::vmm::device::net::Net;
+use crate::vmm::device::net::{Net, NicFiles};
 use crate::vmm::machine::MachineError;
 use crate::vmm::protocol::{ConditionKind, Event, Response};
 
@@ -73,13 +73,14 @@ impl Supervisor {
         if self.config.nics.contains(&nic) {
             return Response::Done;
         }
-        if let Some(refusal) = self.plug_refusal(&nic.name, fds.len(), &[1]) {
+        let pairs = usize::from(nic.queue_pairs);
+        if let Some(refusal) = self.plug_refusal(&nic.name, fds.len(), &[pairs, 2 * pairs]) {
             return refusal;
         }
-        // They were counted.
-        let Some(tap) = fds.into_iter().next() else { return refused("no descriptor came with the request") };
-        let config = nic.clone();
-        let made = self.spawner.run(move |start| Net::new(&config, tap, start));
+        let mut taps = fds;
+        let vhosts = taps.split_off(pairs);
+        let (config, files) = (nic.clone(), NicFiles { taps, vhosts });
+        let made = self.spawner.run(move |start| Net::new(&config, files, start));
         let plugged = flatten(made, MachineError::Nic).and_then(|net| self.machine.plug_nic(&nic.name, net));
         if plugged.is_ok() {
             self.clients.announce(&Event::DeviceAdded { device: nic.name.clone() });

@@ -42,6 +42,10 @@ fn tap(name: &str) -> OwnedFd {
     fd
 }
 
+fn files(tap: OwnedFd) -> NicFiles {
+    NicFiles { taps: vec![tap], vhosts: Vec::new() }
+}
+
 /// The network's end: a packet socket on the tap's interface.
 struct Peer(OwnedFd);
 
@@ -136,7 +140,7 @@ impl Driver {
 }
 
 fn net(name: &str) -> Net {
-    Net::new(&config(name), tap(name), &sandbox_hook()).unwrap()
+    Net::new(&config(name), files(tap(name)), &sandbox_hook()).unwrap()
 }
 
 #[test]
@@ -296,7 +300,7 @@ fn the_guest_receives_large_segments_only_if_it_asked_for_them() {
     assert_eq!(received[1], 1, "TCPV4");
     assert_eq!(received[12..], packet);
     // A new tap gets the same offloads.
-    handle.replace_tap(tap("tap1")).unwrap();
+    handle.replace_tap(vec![tap("tap1")]).unwrap();
     send("tap1");
     assert_eq!(driver.received()[12..], packet);
     driver.start(MRG_RXBUF);
@@ -340,7 +344,7 @@ fn a_deleted_tap_is_a_pulled_cable_until_another_comes() {
     own_network();
     let mut config = config("tap0");
     config.name = "spin".into();
-    let net = Net::new(&config, tap("tap0"), &sandbox_hook()).unwrap();
+    let net = Net::new(&config, files(tap("tap0")), &sandbox_hook()).unwrap();
     let handle = net.handle();
     let mut driver = Driver::new(net);
     driver.start(EVENT_IDX | MRG_RXBUF | OFFLOADS | STATUS);
@@ -361,7 +365,7 @@ fn a_deleted_tap_is_a_pulled_cable_until_another_comes() {
     }
     // A thread that spins would use 50 ticks of 10 ms.
     assert!(worker_ticks() - ticks < 10, "the worker spins ({:?})", cpu_time() - began);
-    handle.replace_tap(tap("tap1")).unwrap();
+    handle.replace_tap(vec![tap("tap1")]).unwrap();
     assert!(driver.link_up());
     let peer = Peer::on("tap1");
     driver.transmit(&frame(200, 7));
@@ -393,14 +397,14 @@ fn a_live_tap_can_be_replaced_and_a_bad_one_is_refused() {
     let handle = net.handle();
     let mut driver = Driver::new(net);
     // Before the driver is there, too.
-    handle.replace_tap(tap("tap1")).unwrap();
+    handle.replace_tap(vec![tap("tap1")]).unwrap();
     driver.start(MRG_RXBUF);
     driver.offer_buffers(32, 2048);
-    let error = handle.replace_tap(tap_with("bad0", 0x0002 | 0x1000)).unwrap_err();
+    let error = handle.replace_tap(vec![tap_with("bad0", 0x0002 | 0x1000)]).unwrap_err();
     assert!(std::error::Error::source(&error).unwrap().to_string().contains("IFF_VNET_HDR"));
-    assert!(handle.replace_tap(File::open("/dev/null").unwrap().into()).is_err());
+    assert!(handle.replace_tap(vec![File::open("/dev/null").unwrap().into()]).is_err());
     driver.transmit(&frame(100, 1));
-    handle.replace_tap(tap("tap2")).unwrap();
+    handle.replace_tap(vec![tap("tap2")]).unwrap();
     let peer = Peer::on("tap2");
     driver.transmit(&frame(100, 2));
     assert_eq!(peer.receive().unwrap(), frame(100, 2));
