@@ -420,9 +420,8 @@ pub struct Metrics {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct VcpuMetrics {
-    /// Its thread, by which the host finds what its scheduler knows of it.
-    pub thread_id: i32,
-    /// Processor time of the thread, the guest's and our own.
+    /// Processor time of its thread, the guest's and our own. How long the thread waited for a processor
+    /// is known outside alone (`/proc/PID/task/*/schedstat`, of the thread of this name).
     pub run_us: u64,
     pub exits: VcpuExits,
     /// `None`: this host's KVM has no binary statistics (before Linux 5.14).
@@ -561,7 +560,6 @@ mod tests {
             run_us: u64::MAX,
             exits: VcpuExits { port_reads: u64::MAX, mmio_reads: u64::MAX, ..Default::default() },
             kvm: Some(KvmCounts { exits: u64::MAX, ..Default::default() }),
-            ..Default::default()
         };
         let metrics = Metrics {
             vcpus: vec![many; VCPUS_MAX.into()],

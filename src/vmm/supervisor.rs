@@ -19,6 +19,7 @@ use super::control::{Clients, Received};
 use super::device::net::{NetError, NetHandle};
 use super::event::MachineEvent;
 use super::machine::{Machine, MachineError, Signals, source_of};
+use super::metrics::Metrics;
 use super::protocol::{
     ConditionKind, Event, ExitReason, ExitRecord, Phase, Response, VERSION, Verb, VmState,
 };
@@ -367,6 +368,7 @@ impl Supervisor {
         }
         let response = match verb {
             Verb::Get => Response::State(Box::new(self.state())),
+            Verb::Metrics => Response::Metrics(Box::new(self.metrics())),
             Verb::PowerButton => answer(self.machine.press_power_button()),
             Verb::Stop => {
                 // The end of the connection is the end of the process.
@@ -409,9 +411,7 @@ impl Supervisor {
                 config.link_up = up;
                 handle.set_link(up)
             }),
-            Verb::SetBalloon { .. } | Verb::Metrics => {
-                Response::Error { message: "this machine can't do that".into() }
-            }
+            Verb::SetBalloon { .. } => Response::Error { message: "this machine can't do that".into() },
             Verb::ConsoleAttach { replay_bytes } => {
                 self.clients.attach_console(client, replay_bytes, &self.signals.output);
                 return Ok(());
@@ -448,6 +448,10 @@ impl Supervisor {
             disk_capacity_bytes: self.machine.disk_capacity_bytes(),
             conditions: self.conditions.list(),
         }
+    }
+
+    fn metrics(&self) -> Metrics {
+        Metrics { uptime_ms: self.started.elapsed().as_millis() as u64, ..self.machine.metrics() }
     }
 
     fn replace_tap(&mut self, nic: &str, taps: Vec<OwnedFd>) -> Response {

@@ -15,9 +15,11 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::bus::Bus;
 use super::cpu::state::InitialState;
+use super::cpu::statistics::Statistics;
 use super::cpu::{self, CpuError};
 use super::event::{EventSender, MachineEvent};
 use super::gate::{Gate, Order};
+use super::metrics::{VcpuExitCounters, VcpuMetrics};
 use super::power::{self, PowerRequest};
 
 /// Deep enough for the devices' register handlers in debug builds; only touched pages count.
@@ -42,6 +44,8 @@ pub struct Vcpu {
     initial: InitialState,
     /// Whether the guest ran since the last reset.
     has_run: bool,
+    exits: Arc<VcpuExitCounters>,
+    statistics: Option<Statistics>,
     shared: Shared,
 }
 
@@ -57,7 +61,8 @@ impl Vcpu {
         fd.set_cpuid2(cpuid).map_err(cpu::failed("set CPUID"))?;
         cpu::state::prepare(&fd)?;
         let initial = InitialState::save(&fd, msr_indices, index == 0)?;
-        Ok(Self { fd, index, initial, has_run: false, shared })
+        let statistics = Statistics::of(&fd);
+        Ok(Self { fd, index, initial, has_run: false, exits: Arc::default(), statistics, shared })
     }
 
     /// Starts the thread and waits until `start` has returned on it, before anything else; its error
@@ -70,6 +75,7 @@ impl Vcpu {
         // SAFETY: `run` points to the page that KVM shares with us, mapped as long as the VcpuFd lives.
         let immediate_exit = unsafe { &raw mut (*run).immediate_exit };
         let tid = Arc::new(AtomicI32::new(0));
+        let (exits, statistics) = (self.exits.clone(), self.statistics.take());
         let (report, started) = mpsc::sync_channel(1);
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{}", self.index))
@@ -91,7 +97,7 @@ impl Vcpu {
                 }
             })?;
         started.recv().map_err(|_| io::Error::other("the thread ended at its start"))??;
-        Ok(VcpuHandle { thread, tid, immediate_exit })
+        Ok(VcpuHandle { thread, tid, exits, statistics, immediate_exit })
     }
 
     fn follow_orders(&mut self) {
@@ -161,9 +167,11 @@ impl Vcpu {
     fn run_guest(&mut self) -> Next {
         self.has_run = true;
         let run: *mut kvm_run = self.fd.get_kvm_run();
+        let exits = self.exits.clone();
         loop {
             let event = match self.fd.run() {
                 Ok(VcpuExit::IoOut(port, data)) => {
+                    exits.port_writes.increment();
                     // SAFETY: `run` is the page shared with KVM, alive with `self.fd`; the exit is one of
                     // port I/O, so the union holds `io`. The field is read by pointer, for `data`
                     // borrows from the same mapping, though not from this field.
@@ -171,26 +179,36 @@ impl Vcpu {
                     port_write(&self.shared.pio, port, data, width.into())
                 }
                 Ok(VcpuExit::IoIn(port, data)) => {
+                    exits.port_reads.increment();
                     // SAFETY: as above.
                     let width = unsafe { ptr::addr_of!((*run).__bindgen_anon_1.io.size).read() };
                     port_read(&self.shared.pio, port, data, width.into());
                     None
                 }
                 Ok(VcpuExit::MmioRead(address, data)) => {
+                    exits.mmio_reads.increment();
                     self.shared.mmio.read(address, data);
                     None
                 }
                 Ok(VcpuExit::MmioWrite(address, data)) => {
+                    exits.mmio_writes.increment();
                     self.shared.mmio.write(address, data);
                     None
                 }
-                Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => return Next::LookForOrders,
-                Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => Some(MachineEvent::TripleFault),
-                Ok(other) => Some(MachineEvent::GuestFault(format!("vCPU {}: {other:?}", self.index))),
-                Err(error) if error.errno() == libc::EINTR => return Next::LookForOrders,
+                Ok(rest) => match rare_exit(self.index, &exits, &rest) {
+                    Some(event) => Some(event),
+                    None => return Next::LookForOrders,
+                },
+                Err(error) if error.errno() == libc::EINTR => {
+                    exits.interrupted.increment();
+                    return Next::LookForOrders;
+                }
                 // A page of guest memory that a device of the host must fill isn't there yet, or an
                 // application processor waits for its start-up message.
-                Err(error) if error.errno() == libc::EAGAIN => None,
+                Err(error) if error.errno() == libc::EAGAIN => {
+                    exits.again.increment();
+                    None
+                }
                 Err(error) => Some(MachineEvent::Failed(format!("run vCPU {}: {error}", self.index))),
             };
             if let Some(event) = event {
@@ -209,6 +227,24 @@ impl Vcpu {
 enum Next {
     LookForOrders,
     Park,
+}
+
+/// `None`: nothing happened that the event loop must know of.
+fn rare_exit(index: u8, exits: &VcpuExitCounters, exit: &VcpuExit) -> Option<MachineEvent> {
+    match exit {
+        VcpuExit::Hlt => exits.halts.increment(),
+        VcpuExit::IrqWindowOpen => exits.interrupt_windows.increment(),
+        VcpuExit::Intr => exits.interrupted.increment(),
+        VcpuExit::Shutdown | VcpuExit::SystemEvent(..) => {
+            exits.others.increment();
+            return Some(MachineEvent::TripleFault);
+        }
+        other => {
+            exits.others.increment();
+            return Some(MachineEvent::GuestFault(format!("vCPU {index}: {other:?}")));
+        }
+    }
+    None
 }
 
 /// A string instruction brings many accesses in one exit, `width` bytes each.
@@ -241,6 +277,8 @@ pub struct VcpuHandle {
     /// Gives the vCPU back, so that its shared page stays mapped as long as this handle may kick it.
     thread: JoinHandle<Vcpu>,
     tid: Arc<AtomicI32>,
+    exits: Arc<VcpuExitCounters>,
+    statistics: Option<Statistics>,
     immediate_exit: *mut u8,
 }
 
@@ -258,11 +296,39 @@ impl VcpuHandle {
         }
     }
 
+    /// What was counted so far, without a word to the vCPU.
+    pub fn metrics(&self) -> VcpuMetrics {
+        VcpuMetrics {
+            run_us: thread_run_us(self.tid.load(Ordering::Acquire)),
+            exits: self.exits.snapshot(),
+            kvm: self.statistics.as_ref().map(Statistics::read),
+        }
+    }
+
     /// Waits for the thread's end; order [`Order::End`] first.
     pub fn join(self) {
         // A panic has already ended the process.
         let _ = self.thread.join();
     }
+}
+
+/// Processor time of a thread of this process; 0 if it has ended.
+fn thread_run_us(tid: libc::pid_t) -> u64 {
+    /// `CPUCLOCK_SCHED` and `CPUCLOCK_PERTHREAD_MASK` of the kernel's sources: with the thread's number
+    /// they make the clock that pthread_getcpuclockid would give.
+    const SCHEDULED_OF_THREAD: libc::clockid_t = 2 | 4;
+    clock_us(!tid << 3 | SCHEDULED_OF_THREAD)
+}
+
+/// What one of the processor-time clocks says; 0 if it is of a thread that has ended.
+pub fn clock_us(clock: libc::clockid_t) -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the call writes one timespec to where we point, or nothing.
+    if unsafe { libc::clock_gettime(clock, &raw mut time) } < 0 {
+        return 0;
+    }
+    // Neither part of a processor time is negative.
+    time.tv_sec as u64 * 1_000_000 + time.tv_nsec as u64 / 1000
 }
 
 fn kick_signal() -> libc::c_int {

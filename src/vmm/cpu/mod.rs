@@ -4,6 +4,7 @@
 pub mod cpuid;
 pub mod entry;
 pub mod state;
+pub mod statistics;
 
 /// A KVM call that failed, with what it was for.
 #[derive(Debug, thiserror::Error)]

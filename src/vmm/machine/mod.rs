@@ -21,6 +21,7 @@ use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryRe
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 mod backplane;
+mod counts;
 
 use self::backplane::{Backplane, Buses, Class};
 use crate::vmm::acpi::{self, AcpiError};
