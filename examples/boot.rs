@@ -3,7 +3,8 @@
 //! given with `--type`.
 //!
 //! ```text
-//! boot [OPTIONS] --kernel FILE
+//! boot [OPTIONS] --kernel FILE | --boot-disk NAME
+//!   --boot-disk NAME  find the kernel on this disk; --cmdline is appended to what the disk says
 //!   --kernel FILE --initrd FILE --cmdline TEXT --vcpus N --memory MIB
 //!   --disk NAME=FILE[:raw|:qcow2]   --tap NAME=TAP=MAC
 //!   --until TEXT    stop once the console shows TEXT, and say how long that took
@@ -28,6 +29,7 @@ use vmctl::vmm::config::{DiskConfig, DiskFormat, MachineKind, NicConfig};
 #[derive(Default)]
 struct Options {
     kernel: PathBuf,
+    boot_disk: Option<String>,
     initrd: Option<PathBuf>,
     cmdline: String,
     vcpus: u8,
@@ -62,6 +64,7 @@ fn options() -> Options {
         let mut value = || arguments.next().unwrap_or_else(|| panic!("{flag} needs a value"));
         match flag.as_str() {
             "--kernel" => options.kernel = value().into(),
+            "--boot-disk" => options.boot_disk = Some(value()),
             "--initrd" => options.initrd = Some(value().into()),
             "--cmdline" => options.cmdline = value(),
             "--vcpus" => options.vcpus = value().parse().unwrap(),
@@ -87,9 +90,11 @@ fn options() -> Options {
 }
 
 fn machine(options: &Options) -> Vm {
-    let mut vm = Vm::new(File::open(&options.kernel).expect("open the kernel"), &options.cmdline)
-        .vcpus(options.vcpus)
-        .memory_bytes(options.memory_mib << 20);
+    let vm = match &options.boot_disk {
+        Some(disk) => Vm::from_disk(disk, &options.cmdline),
+        None => Vm::new(File::open(&options.kernel).expect("open the kernel"), &options.cmdline),
+    };
+    let mut vm = vm.vcpus(options.vcpus).memory_bytes(options.memory_mib << 20);
     if options.micro {
         vm.launch.config.machine = MachineKind::Micro;
     }

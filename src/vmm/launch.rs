@@ -219,24 +219,16 @@ impl Files {
             };
             nics.push(NicFiles { taps, vhosts });
         }
-        let BootConfig::Kernel(boot) = &config.boot else {
-            return Err(LaunchFailure::Config("boot from a disk is not there yet".into()));
-        };
-        let initrd = match boot.initrd_path {
-            Some(_) => Some(File::from(take(FdRole::Initrd)?)),
-            None => None,
+        let boot = match &config.boot {
+            BootConfig::Kernel(boot) => Some(BootFiles {
+                kernel: File::from(take(FdRole::Kernel)?),
+                initrd: boot.initrd_path.as_ref().map(|_| take(FdRole::Initrd)).transpose()?.map(File::from),
+                cmdline: boot.cmdline.clone(),
+            }),
+            BootConfig::Disk(_) => None,
         };
         let files = Self {
-            machine: MachineFiles {
-                kvm: take(FdRole::Kvm)?,
-                boot: BootFiles {
-                    kernel: File::from(take(FdRole::Kernel)?),
-                    initrd,
-                    cmdline: boot.cmdline.clone(),
-                },
-                disks,
-                nics,
-            },
+            machine: MachineFiles { kvm: take(FdRole::Kvm)?, boot, disks, nics },
             control: take(FdRole::Control)?,
             exit_record: take(FdRole::ExitRecord)?,
             console_log: take(FdRole::ConsoleLog).ok(),

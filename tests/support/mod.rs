@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use vmctl::vmm::client::{self, Console, Control, LaunchError};
-use vmctl::vmm::config::{BootConfig, DiskConfig, NicConfig, VmConfig};
+use vmctl::vmm::config::{BootConfig, DiskBoot, DiskConfig, NicConfig, VmConfig};
 use vmctl::vmm::protocol::{ExitRecord, FdRole, Launch, VERSION};
 
 /// Nobody, if the test runs as root.
@@ -84,6 +84,15 @@ impl Vm {
             kernel.into(),
         ];
         Self { launch, fds, dir, exit_record, console_log: File::open(log_path).unwrap() }
+    }
+
+    /// Without a kernel of the host: it boots from a disk, which is to be added.
+    pub fn from_disk(disk: &str, append: &str) -> Self {
+        let mut vm = Self::new(memfd(b""), "");
+        vm.withhold(&FdRole::Kernel);
+        vm.launch.config.boot =
+            BootConfig::Disk(DiskBoot { disk: disk.into(), entry: None, append: append.into() });
+        vm
     }
 
     pub fn vcpus(mut self, vcpus: u8) -> Self {

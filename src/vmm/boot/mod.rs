@@ -1,23 +1,34 @@
-//! Direct kernel boot: puts a kernel, its initrd and its command line into guest memory and says how
-//! the first vCPU enters it. Called at the start and again at every reset, from the same open files.
+//! Puts a kernel, its initrd and its command line into guest memory and says how the first vCPU enters it.
+//! Called at the start and again at every reset: from the same open files of the host, or from the guest's
+//! own disk ([`disk`]), which is searched anew each time, for the guest may have installed another kernel.
 //!
 //! An uncompressed vmlinux is entered by its PVH note, a bzImage by the 64-bit boot protocol. The files
 //! are read straight into guest memory; a hostile one can at worst make an error or a broken guest.
 
+pub mod disk;
 mod linux;
+mod loader;
 mod pvh;
 
 use std::fs::File;
-use std::io::{self, Seek as _};
-use std::os::unix::fs::FileExt as _;
+use std::io::{self, Read, Seek, SeekFrom};
 
 use linux_loader::loader::{KernelLoaderResult, bzimage::BzImage, elf::Elf};
-use vm_memory::{Bytes as _, GuestAddress};
+use vm_memory::{Bytes as _, GuestAddress, ReadVolatile};
 
 use super::layout;
 use super::memory::GuestMemory;
 
-/// The open files of a guest's kernel. Kept for the whole life of the VM: a reset loads them again.
+pub use self::loader::DiskLoader;
+
+/// Where a guest's kernel comes from. Kept for the whole life of the VM: a reset loads it again.
+#[derive(Debug)]
+pub enum BootSource {
+    Files(BootFiles),
+    Disk(DiskLoader),
+}
+
+/// The open files of a guest's kernel.
 #[derive(Debug)]
 pub struct BootFiles {
     pub kernel: File,
@@ -60,6 +71,18 @@ pub enum BootError {
     Cmdline { max: usize },
     #[error("write the boot information into guest memory")]
     Memory(#[from] vm_memory::GuestMemoryError),
+    #[error("boot from disk {disk}: {source}")]
+    Disk { disk: String, source: Box<disk::NotBootable> },
+    #[error("boot from disk {disk}, {kernel}: {source}")]
+    DiskKernel { disk: String, kernel: String, source: Box<BootError> },
+    #[error("boot from disk {disk}: it took longer than {seconds} s")]
+    DiskSlow { disk: String, seconds: u64 },
+    #[error("the VM boots from disk {disk}, but has no disk of that name")]
+    NoSuchDisk { disk: String },
+    #[error("no kernel was passed")]
+    NoKernel,
+    #[error("boot from disk {disk}: its loader's thread has ended")]
+    LoaderEnded { disk: String },
 }
 
 /// Where the initrd lies.
@@ -69,32 +92,70 @@ struct Initrd {
     bytes: u64,
 }
 
-/// Loads everything; `rsdp` is where the ACPI tables start.
-pub fn load(
+impl BootSource {
+    /// Loads everything; `rsdp` is where the ACPI tables start.
+    pub fn load(&self, memory: &GuestMemory, memory_bytes: u64, rsdp: u64) -> Result<Entry, BootError> {
+        match self {
+            Self::Files(files) => load(memory, memory_bytes, files, rsdp),
+            Self::Disk(loader) => loader.load(memory, memory_bytes, rsdp),
+        }
+    }
+}
+
+fn load(memory: &GuestMemory, memory_bytes: u64, files: &BootFiles, rsdp: u64) -> Result<Entry, BootError> {
+    // The loader moves the file's offset, which a duplicate shares; nobody else uses it meanwhile.
+    let kernel = files.kernel.try_clone().map_err(BootError::ReadKernel)?;
+    let initrd = files.initrd.as_ref().map(|file| file as &dyn Initrds);
+    load_parts(memory, memory_bytes, kernel, initrd, &files.cmdline, rsdp)
+}
+
+/// What goes into the memory of the initrd.
+trait Initrds {
+    fn bytes(&self) -> Result<u64, BootError>;
+    /// Puts these bytes here; they fit.
+    fn copy_to(&self, memory: &GuestMemory, address: GuestAddress, bytes: u64) -> Result<(), BootError>;
+}
+
+impl Initrds for File {
+    fn bytes(&self) -> Result<u64, BootError> {
+        Ok(self.metadata().map_err(BootError::ReadInitrd)?.len())
+    }
+
+    fn copy_to(&self, memory: &GuestMemory, address: GuestAddress, bytes: u64) -> Result<(), BootError> {
+        let mut file = self;
+        file.rewind().map_err(BootError::ReadInitrd)?;
+        // It fits between two addresses below 4 GiB, so usize holds it.
+        Ok(memory.read_exact_volatile_from(address, &mut file, bytes as usize)?)
+    }
+}
+
+fn load_parts<K: Read + Seek + ReadVolatile>(
     memory: &GuestMemory,
     memory_bytes: u64,
-    files: &BootFiles,
+    mut kernel: K,
+    initrd: Option<&dyn Initrds>,
+    cmdline: &str,
     rsdp: u64,
 ) -> Result<Entry, BootError> {
     let low_ram_end = memory_bytes.min(layout::GAP_START);
-    match kind_of(&files.kernel)? {
+    match kind_of(&mut kernel)? {
         Kind::Elf => {
-            let kernel = load_with::<Elf>(memory, &files.kernel)?;
+            let kernel = load_with::<Elf, K>(memory, kernel)?;
             let address = pvh::entry(&kernel)?;
             check_end(kernel.kernel_end, low_ram_end)?;
-            let initrd = load_initrd(memory, files.initrd.as_ref(), kernel.kernel_end, low_ram_end)?;
-            write_cmdline(memory, &files.cmdline, layout::CMDLINE_BYTES_MAX - 1)?;
+            let initrd = load_initrd(memory, initrd, kernel.kernel_end, low_ram_end)?;
+            write_cmdline(memory, cmdline, layout::CMDLINE_BYTES_MAX - 1)?;
             pvh::write_start_info(memory, memory_bytes, initrd, rsdp)?;
             Ok(Entry::Pvh { address })
         }
         Kind::BzImage => {
-            let kernel = load_with::<BzImage>(memory, &files.kernel)?;
+            let kernel = load_with::<BzImage, K>(memory, kernel)?;
             let header = linux::Header::of(&kernel)?;
             check_end(header.memory_end, low_ram_end)?;
             let initrd_end = low_ram_end.min(header.initrd_address_max.saturating_add(1));
-            let initrd = load_initrd(memory, files.initrd.as_ref(), header.memory_end, initrd_end)?;
-            write_cmdline(memory, &files.cmdline, header.cmdline_bytes_max)?;
-            linux::write_zero_page(memory, memory_bytes, &header, &files.cmdline, initrd, rsdp)?;
+            let initrd = load_initrd(memory, initrd, header.memory_end, initrd_end)?;
+            write_cmdline(memory, cmdline, header.cmdline_bytes_max)?;
+            linux::write_zero_page(memory, memory_bytes, &header, cmdline, initrd, rsdp)?;
             linux::write_page_tables(memory)?;
             Ok(Entry::Linux64 { address: header.entry })
         }
@@ -106,28 +167,29 @@ enum Kind {
     BzImage,
 }
 
-fn kind_of(kernel: &File) -> Result<Kind, BootError> {
-    let mut magic = [0; 4];
-    match kernel.read_exact_at(&mut magic, 0) {
-        Ok(()) if magic == *b"\x7fELF" => return Ok(Kind::Elf),
-        Ok(()) => {}
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Err(BootError::UnknownKernel),
-        Err(error) => return Err(BootError::ReadKernel(error)),
-    }
-    match kernel.read_exact_at(&mut magic, 0x202) {
-        Ok(()) if magic == *b"HdrS" => Ok(Kind::BzImage),
-        Ok(()) => Err(BootError::UnknownKernel),
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(BootError::UnknownKernel),
-        Err(error) => Err(BootError::ReadKernel(error)),
+fn kind_of(kernel: &mut (impl Read + Seek)) -> Result<Kind, BootError> {
+    let mut magic_at = |offset| {
+        let mut magic = [0; 4];
+        kernel.seek(SeekFrom::Start(offset)).map_err(BootError::ReadKernel)?;
+        match kernel.read_exact(&mut magic) {
+            Ok(()) => Ok(magic),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(BootError::UnknownKernel),
+            Err(error) => Err(BootError::ReadKernel(error)),
+        }
+    };
+    if magic_at(0)? == *b"\x7fELF" {
+        Ok(Kind::Elf)
+    } else if magic_at(0x202)? == *b"HdrS" {
+        Ok(Kind::BzImage)
+    } else {
+        Err(BootError::UnknownKernel)
     }
 }
 
-fn load_with<L: linux_loader::loader::KernelLoader>(
+fn load_with<L: linux_loader::loader::KernelLoader, K: Read + Seek + ReadVolatile>(
     memory: &GuestMemory,
-    kernel: &File,
+    mut kernel: K,
 ) -> Result<KernelLoaderResult, BootError> {
-    // The loader moves the file's offset, which a duplicate shares; nobody else uses it meanwhile.
-    let mut kernel = kernel.try_clone().map_err(BootError::ReadKernel)?;
     L::load(memory, None, &mut kernel, Some(GuestAddress(layout::KERNEL_MIN)))
         .map_err(|error| BootError::Load(error.to_string()))
 }
@@ -139,19 +201,17 @@ fn check_end(needed: u64, end: u64) -> Result<(), BootError> {
 /// Puts the initrd as high as it may go, page-aligned, so that it is out of the kernel's way.
 fn load_initrd(
     memory: &GuestMemory,
-    initrd: Option<&File>,
+    initrd: Option<&dyn Initrds>,
     from: u64,
     to: u64,
 ) -> Result<Option<Initrd>, BootError> {
-    let Some(mut file) = initrd else { return Ok(None) };
-    let bytes = file.metadata().map_err(BootError::ReadInitrd)?.len();
+    let Some(initrd) = initrd else { return Ok(None) };
+    let bytes = initrd.bytes()?;
     let address = to.checked_sub(bytes).map(|address| address & !0xfff);
     let Some(address) = address.filter(|&address| address >= from) else {
         return Err(BootError::InitrdTooLarge { bytes, from, to });
     };
-    file.rewind().map_err(BootError::ReadInitrd)?;
-    // It fits between two addresses below 4 GiB, so usize holds it.
-    memory.read_exact_volatile_from(GuestAddress(address), &mut file, bytes as usize)?;
+    initrd.copy_to(memory, GuestAddress(address), bytes)?;
     Ok(Some(Initrd { address, bytes }))
 }
 

@@ -34,6 +34,8 @@ pub enum ThreadRole {
     Entropy,
     Balloon,
     Vsock,
+    /// No device's: it looks for the kernel on a disk (see [`crate::vmm::boot`]).
+    Boot,
 }
 
 /// What any of our threads needs: event descriptors, waiting, the allocator, a panic's message, its end.
@@ -78,7 +80,8 @@ pub fn share_one_heap() {
 }
 
 impl ThreadRole {
-    pub const ALL: [Self; 5] = [Self::Block, Self::Net, Self::Entropy, Self::Balloon, Self::Vsock];
+    pub const ALL: [Self; 6] =
+        [Self::Block, Self::Net, Self::Entropy, Self::Balloon, Self::Vsock, Self::Boot];
 
     /// Every system call that a thread of this role makes after its hook; `ioctl` only with the
     /// requests of [`Self::ioctls`].
@@ -87,7 +90,7 @@ impl ThreadRole {
             Self::Block => super::block::SYSTEM_CALLS,
             Self::Net => super::net::SYSTEM_CALLS,
             Self::Vsock => super::vsock::SYSTEM_CALLS,
-            Self::Entropy | Self::Balloon => &[],
+            Self::Entropy | Self::Balloon | Self::Boot => &[],
         };
         COMMON_SYSTEM_CALLS.iter().chain(own).copied()
     }
@@ -96,7 +99,7 @@ impl ThreadRole {
     pub fn ioctls(self) -> &'static [u64] {
         match self {
             Self::Net => super::net::IOCTLS,
-            Self::Block | Self::Entropy | Self::Balloon | Self::Vsock => &[],
+            Self::Block | Self::Entropy | Self::Balloon | Self::Vsock | Self::Boot => &[],
         }
     }
 }

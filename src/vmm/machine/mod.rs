@@ -25,9 +25,9 @@ mod counts;
 
 use self::backplane::{Backplane, Buses, Class};
 use crate::vmm::acpi::{self, AcpiError};
-use crate::vmm::boot::{self, BootError, BootFiles, Entry};
+use crate::vmm::boot::{BootError, BootFiles, BootSource, DiskLoader, Entry};
 use crate::vmm::bus::{Bus, BusError};
-use crate::vmm::config::VmConfig;
+use crate::vmm::config::{BootConfig, VmConfig};
 use crate::vmm::console::Output;
 use crate::vmm::cpu::{self, CpuError};
 use crate::vmm::device::ThreadStart;
@@ -115,7 +115,8 @@ fn io(what: &'static str) -> impl FnOnce(io::Error) -> MachineError {
 #[derive(Debug)]
 pub struct MachineFiles {
     pub kvm: OwnedFd,
-    pub boot: BootFiles,
+    /// Of a direct kernel boot.
+    pub boot: Option<BootFiles>,
     /// In the order of `config.disks`: the image and its backing chain.
     pub disks: Vec<(OwnedFd, Vec<OwnedFd>)>,
     /// In the order of `config.nics`.
@@ -142,7 +143,8 @@ pub struct Machine {
     memory: GuestMemory,
     memory_bytes: u64,
     vcpu_count: u8,
-    boot: BootFiles,
+    /// `None` until the disks are there.
+    boot: Option<BootSource>,
     gate: Arc<Gate>,
     vcpus: Vec<VcpuHandle>,
     serial: Arc<Mutex<SerialPort>>,
@@ -205,7 +207,7 @@ impl Built {
             memory,
             memory_bytes: config.memory_bytes,
             vcpu_count: config.vcpus,
-            boot: files.boot,
+            boot: None,
             gate,
             vcpus: Vec::new(),
             serial,
@@ -217,6 +219,7 @@ impl Built {
             events: sender,
         };
         machine.add_devices(config, files.disks, files.nics, start)?;
+        machine.boot = Some(machine.boot_source(&config.boot, files.boot, start)?);
         let entry = machine.load()?;
         let (output, input_wanted) = serial_signals;
         let signals = Signals { events, events_wake, output, input_wanted };
@@ -243,12 +246,30 @@ impl Machine {
     /// Puts everything that a guest starts from into its memory.
     fn load(&self) -> Result<Entry, MachineError> {
         let rsdp = acpi::write_tables(&self.memory, self.vcpu_count, self.backplane.acpi())?;
-        let entry = boot::load(&self.memory, self.memory_bytes, &self.boot, rsdp)?;
+        let boot = self.boot.as_ref().ok_or(BootError::NoKernel)?;
+        let entry = boot.load(&self.memory, self.memory_bytes, rsdp)?;
         cpu::entry::write_gdt(&self.memory, entry).map_err(BootError::Memory)?;
         self.memory
             .write_slice(&power::RESET_VECTOR_CODE, GuestAddress(layout::RESET_VECTOR))
             .map_err(BootError::Memory)?;
         Ok(entry)
+    }
+
+    fn boot_source(
+        &self,
+        config: &BootConfig,
+        files: Option<BootFiles>,
+        start: &ThreadStart,
+    ) -> Result<BootSource, MachineError> {
+        match config {
+            BootConfig::Kernel(_) => Ok(BootSource::Files(files.ok_or(BootError::NoKernel)?)),
+            BootConfig::Disk(boot) => {
+                let disk = self.disk(&boot.disk).cloned();
+                let disk = disk.ok_or_else(|| BootError::NoSuchDisk { disk: boot.disk.clone() })?;
+                let loader = DiskLoader::spawn(boot, disk, start);
+                Ok(BootSource::Disk(loader.map_err(io("start the boot loader's thread"))?))
+            }
+        }
     }
 
     fn order(&self, order: Order) -> Result<(), MachineError> {

@@ -116,6 +116,30 @@ impl HostFile {
         Ok(total)
     }
 
+    /// Reads into memory of ours. Fails where the file ends before.
+    pub fn read_exact(&self, mut data: &mut [u8], mut offset: u64) -> io::Result<()> {
+        while !data.is_empty() {
+            let wanted = data.len() as u64;
+            let len = match &self.direct {
+                // The buffer may lie anywhere.
+                Some(direct) => direct.read(self.fd(), offset, wanted, |read| {
+                    data[..read.len()].copy_from_slice(read);
+                    Ok(())
+                })? as usize,
+                None => match rustix::io::pread(&self.fd, &mut *data, offset) {
+                    Err(Errno::INTR) => continue,
+                    result => result?,
+                },
+            };
+            if len == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            data = &mut data[len..];
+            offset += len as u64;
+        }
+        Ok(())
+    }
+
     pub fn write_all(&self, mut source: Cursor<'_>, mut offset: u64) -> io::Result<()> {
         let _entered = self.enter(offset, source.len());
         while source.len() > 0 {

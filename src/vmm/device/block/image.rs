@@ -15,6 +15,8 @@ pub(super) trait Image: Send + Sync {
     /// Whether discarding, and zeroing without writing, can do any good.
     fn can_discard(&self) -> bool;
     fn read(&self, target: Cursor<'_>, offset: u64) -> io::Result<()>;
+    /// Reads into memory of ours: a boot from the disk looks for its kernel.
+    fn read_to(&self, data: &mut [u8], offset: u64) -> io::Result<()>;
     fn write(&self, source: Cursor<'_>, offset: u64) -> io::Result<()>;
     /// What is kept in memory of the image's own tables goes to the file.
     fn write_back(&self) -> io::Result<()>;
@@ -68,6 +70,10 @@ impl Image for RawImage {
             // Someone cut the file short: the guest must not take that for zeroes.
             _ => Err(io::ErrorKind::UnexpectedEof.into()),
         }
+    }
+
+    fn read_to(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact(data, offset)
     }
 
     fn write(&self, source: Cursor<'_>, offset: u64) -> io::Result<()> {

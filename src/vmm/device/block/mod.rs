@@ -40,6 +40,7 @@ use self::ring::Ring;
 use self::service::{Command, QueueService};
 use super::buffers::SEGMENTS_MAX;
 use super::worker::{Mailbox, ThreadRole, ThreadStart, Worker};
+use crate::vmm::boot::disk::ReadAt;
 use crate::vmm::config::{CacheMode, DiskConfig, DiskFormat, Limits, QUEUES_MAX};
 use crate::vmm::event::EventSender;
 use crate::vmm::metrics::{DiskCounters, DiskMetrics};
@@ -305,6 +306,24 @@ impl BlockHandle {
             sum.merge(&counters.snapshot());
         }
         sum
+    }
+}
+
+/// What a boot from the disk reads.
+impl ReadAt for BlockHandle {
+    fn size_bytes(&self) -> u64 {
+        self.capacity_bytes()
+    }
+
+    fn read_at(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        let end = offset.checked_add(data.len() as u64);
+        if end.is_none_or(|end| end > self.capacity_bytes()) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let bytes = data.len();
+        let read = self.mailboxes[0].call_briefly(|reply| Command::Read { offset, bytes, reply })??;
+        data.copy_from_slice(&read);
+        Ok(())
     }
 }
 

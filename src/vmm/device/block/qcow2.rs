@@ -283,6 +283,10 @@ impl Image for Qcow2Image {
         Ok(())
     }
 
+    fn read_to(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
+        self.shared().read(data, offset)
+    }
+
     fn write(&self, mut source: Cursor<'_>, mut offset: u64) -> io::Result<()> {
         let access = self.shared();
         while source.len() > 0 {

@@ -49,6 +49,12 @@ pub(super) enum Command {
     Flush {
         reply: SyncSender<io::Result<()>>,
     },
+    /// For the loader of a boot from the disk; the range lies within the disk.
+    Read {
+        offset: u64,
+        bytes: usize,
+        reply: SyncSender<io::Result<Vec<u8>>>,
+    },
     /// What requests wait for may have come: other limits, more room.
     LookAgain,
 }
@@ -143,6 +149,10 @@ impl Service for QueueService {
             }
             Command::Flush { reply } => {
                 let _ = reply.send(self.disk.try_flush());
+            }
+            Command::Read { offset, bytes, reply } => {
+                let mut data = vec![0; bytes];
+                let _ = reply.send(self.disk.image.read_to(&mut data, offset).map(|()| data));
             }
             Command::LookAgain => {
                 if let Some(active) = &mut self.active {
