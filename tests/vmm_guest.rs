@@ -376,9 +376,9 @@ fn a_launcher_that_dies_first_leaves_nothing_behind() {
         });
     }
     let mut child = command.spawn().unwrap();
-    assert!(child.wait().unwrap().success());
     drop(far);
     rustix::net::shutdown(&near, rustix::net::Shutdown::Write).unwrap();
+    assert!(child.wait().unwrap().success());
     // It closes its end without a word when it ends.
     assert!(support::poll(&near, Duration::from_secs(10)));
     let mut buffer = [0; 16];
@@ -433,6 +433,40 @@ fn the_process_is_sandboxed() {
         let known = ["/dev/null", "anon_inode:", "socket:", "/memfd:vmctl-test", "console.log"];
         assert!(known.iter().any(|known| target.contains(known)), "an open {target}");
     }
+}
+
+#[test]
+fn the_process_sees_nothing_of_the_host() {
+    let vm = start(small());
+    vm.console().expect("boot1\n");
+    let proc = |name: &str| format!("/proc/{}/{name}", vm.pid);
+    assert_eq!(std::fs::read_dir(proc("root")).unwrap().count(), 0, "its root is empty");
+    let mounts = std::fs::read_to_string(proc("mountinfo")).unwrap();
+    assert_eq!(mounts.lines().count(), 1, "{mounts}");
+    let options = mounts.split_whitespace().nth(5).unwrap();
+    for option in ["ro", "nosuid", "nodev", "noexec"] {
+        assert!(options.split(',').any(|found| found == option), "{mounts}");
+    }
+    assert_eq!(std::fs::read_link(proc("cwd")).unwrap(), Path::new("/"));
+    for namespace in ["mnt", "ipc", "uts", "cgroup", "pid"] {
+        let (its, ours) = (proc(&format!("ns/{namespace}")), format!("/proc/self/ns/{namespace}"));
+        assert_ne!(std::fs::read_link(its).unwrap(), std::fs::read_link(ours).unwrap(), "{namespace}");
+    }
+    let status = std::fs::read_to_string(proc("status")).unwrap();
+    assert!(status.contains(&format!("NSpid:\t{}\t1\n", vm.pid)), "{status}");
+    let limits = std::fs::read_to_string(proc("limits")).unwrap();
+    for (limit, value) in [
+        ("Max core file size", "0"),
+        ("Max open files", "1024"),
+        ("Max processes", "512"),
+        ("Max msgqueue size", "0"),
+    ] {
+        let line = limits.lines().find(|line| line.starts_with(limit)).unwrap();
+        let columns: Vec<_> = line[limit.len()..].split_whitespace().collect();
+        assert_eq!(columns[..2], [value, value], "{limit}");
+    }
+    // Nothing of it is missing, and so nothing is said.
+    assert_eq!(vm.control().state().unwrap().conditions, []);
 }
 
 #[test]

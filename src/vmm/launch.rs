@@ -1,8 +1,8 @@
 //! The birth of a VM process: from the launcher's child to a daemon that runs a guest in its sandbox.
 //!
 //! ```text
-//!   exec ─▶ fork, setsid, fork ─▶ receive the launch ─▶ drop privileges ─▶ first filter
-//!        ─▶ build the machine ─▶ threads, each with its filter ─▶ listen ─▶ own filter ─▶ vCPUs run ─▶ "launched"
+//!   exec ─▶ receive ─▶ fork, setsid, fork ─▶ shut in ─▶ first filter ─▶ build the machine
+//!        ─▶ threads, each with its filter ─▶ listen ─▶ own filter ─▶ vCPUs run ─▶ "launched"
 //! ```
 
 use std::collections::HashMap;
@@ -22,7 +22,7 @@ use super::exit;
 use super::machine::{Built, MachineError, MachineFiles, source_of};
 use super::packet::{self, PacketError};
 use super::protocol::{FdRole, LAUNCH_FD, Launch, LaunchReply, VERSION};
-use super::sandbox::{self, Filters, SandboxError, Spawner};
+use super::sandbox::{self, Born, Cgroup, Filters, SandboxError, Side, Spawner};
 use super::supervisor::{Outside, Supervisor};
 use super::vcpu;
 
@@ -81,19 +81,19 @@ pub fn run() -> ExitCode {
         std::mem::forget(socket);
         return ExitCode::from(2);
     }
-    let seccomp_mode = sandbox::Mode::from_environment();
-    match sandbox::daemonise(LAUNCH_FD) {
-        Ok(sandbox::Side::Parent) => return ExitCode::SUCCESS,
-        Ok(sandbox::Side::Daemon) => {}
-        Err(error) => {
-            eprintln!("vmctl-vmm: {error}");
-            return ExitCode::FAILURE;
+    let mode = sandbox::Mode::from_environment();
+    let launched = receive(&socket).and_then(|mut launch| match sandbox::daemonise(&launch.files.cgroup)? {
+        Side::Parent => Ok(None),
+        Side::Daemon(mut born) => {
+            // The process is in; it must not be able to reach into its cgroup later.
+            launch.files.cgroup = Cgroup::default();
+            shut_in(&mut launch, &mut born)?;
+            build(launch, &born, mode).map(|supervisor| Some((supervisor, born.pid)))
         }
-    }
-    match launch(&socket, seccomp_mode) {
-        Ok(supervisor) => {
-            // SAFETY: getpid has no preconditions.
-            let pid = unsafe { libc::getpid() };
+    });
+    match launched {
+        Ok(None) => ExitCode::SUCCESS,
+        Ok(Some((supervisor, pid))) => {
             // The launcher may have given up or died meanwhile: then nobody knows of this VM.
             if packet::send(&socket, &LaunchReply::Launched { pid }, &[]).is_err() {
                 return ExitCode::FAILURE;
@@ -112,36 +112,63 @@ pub fn run() -> ExitCode {
     }
 }
 
-fn launch(socket: &OwnedFd, mode: sandbox::Mode) -> Result<Supervisor, LaunchFailure> {
+/// What is to be run, of what, as whom.
+struct Received {
+    config: VmConfig,
+    files: Files,
+    user: (u32, u32),
+    missing: Vec<String>,
+}
+
+/// Leaves what was inherited, and takes what is to be had instead.
+fn receive(socket: &OwnedFd) -> Result<Received, LaunchFailure> {
+    sandbox::detach(LAUNCH_FD)?;
     for timeout in [Timeout::Recv, Timeout::Send] {
         sockopt::set_socket_timeout(socket, timeout, Some(LAUNCH_TIMEOUT))
             .map_err(|errno| io("prepare the launch socket")(errno.into()))?;
     }
     let (launch, fds) = packet::receive::<Launch>(socket).map_err(LaunchFailure::Receive)?;
-    if launch.version != VERSION {
-        return Err(LaunchFailure::Version(launch.version));
+    let Launch { version, config, uid, gid, fds: roles, missing } = launch;
+    if version != VERSION {
+        return Err(LaunchFailure::Version(version));
     }
-    check(&launch.config)?;
-    let files = Files::sort(&launch.config, launch.fds, fds)?;
+    check(&config)?;
+    let files = Files::sort(&config, roles, fds)?;
+    Ok(Received { config, files, user: (uid, gid), missing })
+}
 
-    sandbox::drop_privileges(launch.uid, launch.gid)?;
+/// Everything of the sandbox that is the whole process's: while there is one thread, before anything that
+/// a guest could have written is read.
+fn shut_in(launch: &mut Received, born: &mut Born) -> Result<(), LaunchFailure> {
+    let (uid, gid) = launch.user;
+    launch.missing.append(&mut born.missing);
+    launch.missing.append(&mut sandbox::confine(&born.rights, uid, gid, &mut launch.files.vsock)?);
+    Ok(())
+}
+
+/// The machine, its threads, each with its own filter, and the guest's first instruction.
+fn build(launch: Received, born: &Born, mode: sandbox::Mode) -> Result<Supervisor, LaunchFailure> {
+    let Received { config, files, missing, .. } = launch;
     let termination = sandbox::block_signals().map_err(io("block signals"))?;
     vcpu::install_kick_handler().map_err(io("install the kick's signal handler"))?;
     let filters = Filters::enter_building(mode)?;
     let devices = filters.for_devices();
     let spawner = Spawner::start(devices.clone()).map_err(io("start the spawner's thread"))?;
-    let (built, signals) = Built::new(&launch.config, files.machine, &devices)?;
+    let (built, signals) = Built::new(&config, files.machine, &devices)?;
     let machine = built.start(filters.for_vcpus())?;
     let console_log = match files.console_log {
         Some(fd) => Some(Log::new(fd, LOG_BYTES_MAX).map_err(io("use the console's log"))?),
         None => None,
     };
-    let outside = Outside { control: files.control, console_log, termination, spawner };
-    let mut supervisor = Supervisor::new(launch.config, machine, signals, outside)
-        .map_err(io("listen on the control socket"))?;
+    let outside =
+        Outside { pid: born.pid, control: files.control, console_log, termination, spawner, missing };
+    let mut supervisor =
+        Supervisor::new(config, machine, signals, outside).map_err(io("listen on the control socket"))?;
     filters.enter_event_loop().map_err(io("install the event loop's seccomp filter"))?;
     // Only now: until here a failure is the launcher's to hear, not a record's.
     exit::install(File::from(files.exit_record));
+    // Held to the end.
+    std::mem::forget(files.user);
     supervisor.start()?;
     Ok(supervisor)
 }
@@ -182,6 +209,10 @@ struct Files {
     control: OwnedFd,
     exit_record: OwnedFd,
     console_log: Option<OwnedFd>,
+    /// Replaced by its place in the new root.
+    vsock: Option<OwnedFd>,
+    cgroup: Cgroup,
+    user: Option<OwnedFd>,
 }
 
 impl Files {
@@ -195,6 +226,7 @@ impl Files {
                 return Err(LaunchFailure::FdTwice(role));
             }
         }
+        let cgroup = take_cgroup(&mut by_role);
         let mut take = |role: FdRole| by_role.remove(&role).ok_or(LaunchFailure::FdMissing(role));
         let mut disks = Vec::with_capacity(config.disks.len());
         for disk in &config.disks {
@@ -232,10 +264,19 @@ impl Files {
             control: take(FdRole::Control)?,
             exit_record: take(FdRole::ExitRecord)?,
             console_log: take(FdRole::ConsoleLog).ok(),
+            vsock: if config.vsock.is_some() { take(FdRole::Vsock).ok() } else { None },
+            user: take(FdRole::User).ok(),
+            cgroup,
         };
         match by_role.into_keys().next() {
             Some(role) => Err(LaunchFailure::FdUnexpected(role)),
             None => Ok(files),
         }
     }
+}
+
+fn take_cgroup(by_role: &mut HashMap<FdRole, OwnedFd>) -> Cgroup {
+    let procs = by_role.extract_if(|role, _| matches!(role, FdRole::CgroupProcs { .. }));
+    let procs = procs.map(|(_, fd)| fd).collect();
+    Cgroup { directory: by_role.remove(&FdRole::Cgroup), procs }
 }

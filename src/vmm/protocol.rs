@@ -36,6 +36,9 @@ pub struct Launch {
     pub gid: u32,
     /// What each passed descriptor is, in their order.
     pub fds: Vec<FdRole>,
+    /// What of the sandbox the launcher could not prepare, for a person.
+    #[serde(default)]
+    pub missing: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -73,6 +76,14 @@ pub enum FdRole {
     },
     /// A directory with the VM's vsock sockets: a listening `vsock` for the host's connections.
     Vsock,
+    /// The directory of the VM's cgroup (version 2): the process is born in it.
+    Cgroup,
+    /// `cgroup.procs` of the VM's cgroup in one hierarchy (version 1): the process moves there.
+    CgroupProcs {
+        hierarchy: String,
+    },
+    /// What keeps the process's user its own while it lives; nothing is done with it.
+    User,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -208,6 +219,8 @@ pub enum ConditionKind {
     UnplugPending,
     /// The guest's kernel said that it crashed (pvpanic) and goes on, perhaps to write its dump.
     GuestPanicked,
+    /// This host, or an unprivileged start, left the process without a part of its sandbox.
+    SandboxIncomplete,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -54,6 +54,10 @@ pub struct Outside {
     pub termination: OwnedFd,
     /// Makes devices while the loop runs, which itself can make no thread.
     pub spawner: Spawner,
+    /// This process, as its launcher sees it.
+    pub pid: i32,
+    /// What of the sandbox could not be had.
+    pub missing: Vec<String>,
 }
 
 pub struct Supervisor {
@@ -65,6 +69,7 @@ pub struct Supervisor {
     console_log: Option<Log>,
     termination: OwnedFd,
     spawner: Spawner,
+    pid: i32,
     /// What clients asked for last: whether the guest should run.
     wanted: Phase,
     /// What it does. A guest that should run is paused while the storage below a disk is full.
@@ -110,6 +115,11 @@ impl Supervisor {
         watch(&borrow(&signals.input_wanted), INPUT_WANTED)?;
         watch(&outside.termination, SIGNAL)?;
         let now = Instant::now();
+        let mut conditions = Conditions::default();
+        if !outside.missing.is_empty() {
+            // Nobody watches yet.
+            conditions.raise(ConditionKind::SandboxIncomplete, None, outside.missing.join("; "));
+        }
         Ok(Self {
             config,
             machine,
@@ -119,9 +129,10 @@ impl Supervisor {
             console_log: outside.console_log,
             termination: outside.termination,
             spawner: outside.spawner,
+            pid: outside.pid,
             wanted: Phase::Paused,
             phase: Phase::Paused,
-            conditions: Conditions::default(),
+            conditions,
             started: now,
             booted: now,
             reboots: 0,
@@ -439,8 +450,7 @@ impl Supervisor {
         VmState {
             version: VERSION,
             program: env!("CARGO_PKG_VERSION").to_owned(),
-            // Pids are positive and fit.
-            pid: std::process::id() as i32,
+            pid: self.pid,
             phase: self.phase,
             uptime_ms: self.started.elapsed().as_millis() as u64,
             reboots: self.reboots,

@@ -75,6 +75,7 @@ impl Vm {
             uid: id,
             gid: id,
             fds: vec![FdRole::Kvm, FdRole::Control, FdRole::ExitRecord, FdRole::ConsoleLog, FdRole::Kernel],
+            missing: Vec::new(),
         };
         let fds = vec![
             kvm.into(),

@@ -85,7 +85,14 @@ pub fn start(
     fds.push(console_log.into());
 
     let uid = uid(vm);
-    let launch = Launch { version: VERSION, config: definition.config.clone(), uid, gid: uid, fds: roles };
+    let launch = Launch {
+        version: VERSION,
+        config: definition.config.clone(),
+        uid,
+        gid: uid,
+        fds: roles,
+        missing: Vec::new(),
+    };
     match client::launch(program, &launch, fds) {
         Ok(_) => Ok(()),
         Err(error) => {
