@@ -244,8 +244,9 @@ impl Clients {
     }
 }
 
-/// The version is looked at first: a newer client may say what this process doesn't know.
-fn parse(packet: &[u8]) -> Result<Verb, String> {
+/// What a packet asks for, or why that can't be told. The version is looked at first: a newer client may
+/// say what this process doesn't know.
+pub fn parse(packet: &[u8]) -> Result<Verb, String> {
     #[derive(Deserialize)]
     struct VersionOnly {
         version: u32,
