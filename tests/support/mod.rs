@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses its own part of this")]
 
 pub mod guest;
+pub mod script;
 
 use std::fs::File;
 use std::io::{Read as _, Seek as _};
