@@ -1,8 +1,8 @@
 //! Disks and NICs come and go under a running, unmodified Linux guest, which is given no command to look
 //! for them. Every test here runs in the lab (`tests/lab/`), where guests are real.
 
-#[path = "support/lab.rs"]
-mod lab;
+#[path = "support/in_lab.rs"]
+mod in_lab;
 mod support;
 
 use std::fs::File;
@@ -11,21 +11,13 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use in_lab::ran_in_lab;
 use support::{RunningVm, Session, Vm};
 use vmctl::vmm::config::{DiskConfig, DiskFormat, MachineKind, NicConfig};
 use vmctl::vmm::protocol::{ConditionKind, Event, Response, Verb, VmState};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_vmctl-vmm");
-const IN_LAB: &str = "/usr/local/bin/vmctl-vmm";
+const PROGRAM: &str = "/usr/local/bin/vmctl-vmm";
 const LONG: Duration = Duration::from_secs(60);
-
-fn ran_in_lab() -> bool {
-    let outside = !lab::in_lab();
-    if outside {
-        lab::run_in_lab(&[PROGRAM]);
-    }
-    outside
-}
 
 struct Guest {
     vm: RunningVm,
@@ -40,7 +32,7 @@ fn boot(vcpus: u8, machine: MachineKind) -> Guest {
         .memory_bytes(256 << 20)
         .initrd(File::open("/guest/initrd").unwrap());
     vm.launch.config.machine = machine;
-    let vm = vm.launch(Path::new(IN_LAB)).unwrap();
+    let vm = vm.launch(Path::new(PROGRAM)).unwrap();
     let session = vm.console();
     let mut guest = Guest { vm, session, commands: 0 };
     guest.session.expect_within("guest# ", LONG);
@@ -72,7 +64,8 @@ impl Guest {
     fn add_disk(&self, name: &str, image: &Path, format: DiskFormat) -> Response {
         let disk = DiskConfig::new(name, image.to_str().unwrap(), format);
         let file = File::options().read(true).write(true).open(image).unwrap();
-        self.vm.control().request_with_fd(&Verb::AddDisk { disk }, file.as_fd()).unwrap()
+        let answer = self.vm.control().request_with_fd(&Verb::AddDisk { disk }, file.as_fd());
+        answer.unwrap_or_else(|error| panic!("{error:?}: {:?}", self.vm.wait()))
     }
 
     fn add_nic(&self, name: &str, tap: &str, mac: &str) -> Response {
@@ -161,6 +154,7 @@ fn a_disk_comes_grows_works_and_goes() {
 
     // After a reboot the guest finds what is there.
     guest.session.type_in("reboot -f\n");
+    guest.session.expect_within("GUEST-READY", LONG);
     guest.session.expect_within("guest# ", LONG);
     guest.until("[ -b /dev/vda ] && [ ! -e /dev/vdb ]");
     assert!(guest.run("cat /sys/block/vda/serial").contains("scratch"));
@@ -228,6 +222,7 @@ fn an_unanswered_request_is_done_at_the_next_reset() {
     let state = guest.state();
     assert!(state.config.disks.is_empty() && state.conditions.is_empty(), "{state:?}");
     control.command(&Verb::Resume).unwrap();
+    guest.session.expect_within("GUEST-READY", LONG);
     guest.session.expect_within("guest# ", LONG);
     guest.until("[ ! -e /dev/vda ]");
 }

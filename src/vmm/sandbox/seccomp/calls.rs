@@ -39,6 +39,8 @@ const EVENT_LOOP: &[i64] = &[
     libc::SYS_epoll_pwait,
     libc::SYS_epoll_pwait2,
     libc::SYS_epoll_wait,
+    // The notifications and vectors of a device that is plugged in.
+    libc::SYS_eventfd2,
     // The kernel and the initrd are loaded again at a reset, and the console's log is bounded.
     libc::SYS_fstat,
     libc::SYS_ftruncate,
