@@ -84,7 +84,7 @@ fn a_vm_is_shown_stopped_started_and_restarted() {
     ground.expect(0, "get bridge").says("web.net0");
     ground
         .expect(0, "describe vm/web")
-        .says("/pool/root.qcow2 (qcow2, 20Mi)")
+        .says("/pool/root.qcow2 (qcow2, 20Mi, cache writeback, 1 queue)")
         .says("tap web.net0 (up), bridge br0");
     assert_eq!(ground.json(0, "get vol/root -o json")["status"]["running"], true);
 

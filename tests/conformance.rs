@@ -12,11 +12,11 @@ use proptest::test_runner::{Config, TestRunner};
 use vmctl::host::error::StepError;
 use vmctl::host::linux::LinuxHost;
 use vmctl::host::sim::SimHost;
-use vmctl::host::snapshot::{LinkKind, PortFacts, RunStrategy, VmDefinition};
+use vmctl::host::snapshot::{CpuShare, LinkKind, PortFacts, RunStrategy, VmDefinition};
 use vmctl::host::step::{LinkChange, NewVolume, NewVolumeContent, Step, StopHow};
 use vmctl::host::{Host, Scope};
 use vmctl::name::{Kind, Mark, ObjectName};
-use vmctl::vmm::config::{BootConfig, DiskFormat, VmConfig};
+use vmctl::vmm::config::{BootConfig, DiskConfig, DiskFormat, Limits, NicConfig, VmConfig};
 
 struct Pair {
     linux: LinuxHost,
@@ -118,6 +118,8 @@ fn definition(memory_mib: u64) -> VmDefinition {
         config: VmConfig::new("web", mark.to_string(), memory_mib << 20, BootConfig::kernel("/k", None, "")),
         mark,
         bridges: Vec::new(),
+        vlans: Vec::new(),
+        cpu_share: CpuShare::default(),
         run_strategy: RunStrategy::Halted,
     }
 }
@@ -173,13 +175,28 @@ fn any_step(pool: PathBuf) -> impl Strategy<Value = Step> {
             }
         },
     );
-    let vms = (any::<bool>(), any::<bool>(), 0usize..4).prop_map(|(own, held, which)| {
+    let vms = (any::<bool>(), any::<bool>(), 0usize..12).prop_map(|(own, held, which)| {
         let vm = object("web");
         let mark = host::mark(Kind::VirtualMachine, if own { "web" } else { "other" });
         match which {
             0 => Step::DefineVm { vm, definition: Box::new(definition(if held { 32 } else { 64 })) },
             1 => Step::UndefineVm { vm, mark },
             2 => Step::StopVm { vm, mark, how: StopHow::Forced },
+            // Of a VM that doesn't run: what must be refused, and whose it is before that.
+            3 => Step::PauseVm { vm, mark, paused: held },
+            4 => {
+                let disk = DiskConfig::new("data", "/nonexistent", DiskFormat::Raw);
+                Step::AddDisk { vm, mark, disk: Box::new(disk) }
+            }
+            5 => {
+                let nic = NicConfig::new("net0", "web.net0", "52:54:00:00:00:01");
+                Step::AddNic { vm, mark, nic: Box::new(nic) }
+            }
+            6 => Step::RemoveDevice { vm, mark, device: "data".to_owned() },
+            7 => Step::SetDiskLimits { vm, mark, disk: "data".to_owned(), limits: Limits::default() },
+            8 => Step::SetCarrier { vm, mark, nic: "net0".to_owned(), up: held },
+            9 => Step::SetBalloon { vm, mark, target_bytes: 0 },
+            10 => Step::ReplaceTap { vm, mark, nic: "net0".to_owned(), tap: host::name("br0") },
             _ => Step::HoldVm { vm, mark, held },
         }
     });

@@ -195,7 +195,7 @@ fn a_tap_outlives_us_and_is_in_its_bridge() {
         create(&new).unwrap();
         let there = link("tap0");
         assert_eq!((there.mark(), there.mtu, there.up), (Some(new.mark.clone()), 1400, true));
-        assert_eq!((there.kind, there.master), (LinkKind::Tap, Some(name("br0"))));
+        assert_eq!((there.kind, there.master), (LinkKind::Tap { multi_queue: false }, Some(name("br0"))));
         assert_eq!((there.port, there.mac_address), (Some(port.clone()), Some(mac)));
     }
     let shown = ip("-d link show tap0");

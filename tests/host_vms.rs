@@ -16,7 +16,7 @@ use rustix::process::{Pid, Signal};
 use support::*;
 use vmctl::host::error::StepError;
 use vmctl::host::linux::{LinuxHost, vm_uid};
-use vmctl::host::snapshot::{RunStrategy, Vm, VmDefinition, VmProcess};
+use vmctl::host::snapshot::{CpuShare, RunStrategy, Vm, VmDefinition, VmProcess};
 use vmctl::host::step::{Step, StopHow};
 use vmctl::host::{Host as _, Scope};
 use vmctl::name::{Kind, Mark, ObjectName};
@@ -63,6 +63,8 @@ impl Ground {
             ),
             mark,
             bridges: Vec::new(),
+            vlans: Vec::new(),
+            cpu_share: CpuShare::default(),
             run_strategy: RunStrategy::Always,
         }
     }

@@ -227,6 +227,414 @@ fn a_nic_moves_live_and_a_vm_goes_while_its_volumes_stay() {
     assert_eq!(adopted, 2, "{}", text::plan(&plan, Style::default()));
 }
 
+fn vm<'a>(objects: &'a mut Objects, name: &str) -> &'a mut serde_json::Value {
+    objects.get_mut(&id(&format!("VirtualMachine/{name}"))).unwrap()
+}
+
+/// A blank volume, for a disk that is added later.
+fn add_volume(objects: &mut Objects, name: &str) {
+    let volume = json!({"pool": "default", "format": "raw", "capacity": "1Gi"});
+    objects.insert(id(&format!("Volume/{name}")), volume);
+}
+
+fn push(list: &mut serde_json::Value, item: serde_json::Value) {
+    list.as_array_mut().unwrap().push(item);
+}
+
+/// The process's pid and the names of its devices.
+fn running(host: &SimHost, vm: &str) -> (i32, Vec<String>) {
+    let vms = host.snapshot(&everything()).vms.unwrap();
+    let process = vms[vm].process.as_ref().unwrap().as_ref().unwrap();
+    let disks = process.config.disks.iter().map(|disk| disk.name.clone());
+    (process.pid, disks.chain(process.config.nics.iter().map(|nic| nic.name.clone())).collect())
+}
+
+#[test]
+fn disks_and_nics_come_and_go_while_the_guest_runs() {
+    let mut objects = tutorial();
+    let host = applied(&objects);
+    let (pid, _) = running(&host, "vm1");
+    add_volume(&mut objects, "more");
+    push(&mut vm(&mut objects, "vm1")["disks"], json!({"volume": "more", "name": "more"}));
+    push(&mut vm(&mut objects, "vm1")["interfaces"], json!({"bridge": "brvlan20"}));
+    check_applies(
+        &objects,
+        &host,
+        &prune(),
+        expect![[r#"
+        + Volume/more         raw 1Gi in pool default, blank
+        ~ VirtualMachine/vm1  1 vCPU, 256Mi, 3 disks, 2 NICs
+              disks[more]       none → /pool/more.raw     live
+              interfaces[net1]  none → 52:54:00:65:27:96  live
+        Plan: 1 to create, 1 to update live. Downtime: none.
+    "#]],
+    );
+    assert_eq!(
+        running(&host, "vm1"),
+        (pid, ["disk0", "disk1", "more", "net0", "net1"].map(String::from).into())
+    );
+    // The disk goes before its volume is let go of, the NIC before its tap.
+    let objects = tutorial();
+    check_applies(
+        &objects,
+        &host,
+        &prune(),
+        expect![[r#"
+        ~ VirtualMachine/vm1  1 vCPU, 256Mi, 2 disks, 1 NIC
+              disks[more]       /pool/more.raw → none     live
+              interfaces[net1]  52:54:00:65:27:96 → none  live
+        . Volume/more         retain: declared no more; the data stays where it is
+        Plan: 1 to update live, 1 retained. Downtime: none.
+    "#]],
+    );
+    assert_eq!(running(&host, "vm1"), (pid, ["disk0", "disk1", "net0"].map(String::from).into()));
+    let order: Vec<String> = host.log().iter().rev().take(5).rev().map(ToString::to_string).collect();
+    expect![[r#"
+        [
+            "define VM vm1",
+            "unplug more from VM vm1",
+            "unplug net1 from VM vm1",
+            "delete vm1.net1",
+            "let go of /pool/more.raw",
+        ]
+    "#]]
+    .assert_debug_eq(&order);
+}
+
+#[test]
+fn a_micro_machine_has_what_it_was_started_with() {
+    let mut objects = tutorial();
+    vm(&mut objects, "vm1")["machine"] = json!("micro");
+    let host = applied(&objects);
+    add_volume(&mut objects, "more");
+    push(&mut vm(&mut objects, "vm1")["disks"], json!({"volume": "more", "name": "more"}));
+    check_applies(
+        &objects,
+        &host,
+        &prune(),
+        expect![[r#"
+        + Volume/more         raw 1Gi in pool default, blank
+        ~ VirtualMachine/vm1  staged: restartPolicy is Never
+              disks[more]  none → /pool/more.raw  staged
+        Plan: 1 to create, 1 staged. Downtime: none.
+    "#]],
+    );
+    vm(&mut objects, "vm1")["machine"] = json!("pci");
+    check(
+        &objects,
+        &host,
+        &prune(),
+        expect![[r#"
+        ~ VirtualMachine/vm1  staged: restartPolicy is Never
+              machine      micro → pci            staged
+              disks[more]  none → /pool/more.raw  staged
+        Plan: 1 staged. Downtime: none.
+    "#]],
+    );
+}
+
+#[test]
+fn settings_change_live_one_by_one() {
+    let mut objects = tutorial();
+    vm(&mut objects, "vm1")["balloon"] = json!({});
+    let host = applied(&objects);
+    vm(&mut objects, "vm1")["balloon"] = json!({"target": "64Mi"});
+    vm(&mut objects, "vm1")["disks"][1]["limits"] =
+        json!({"bytesPerSecond": "50Mi", "operationsPerSecond": 100});
+    vm(&mut objects, "vm1")["interfaces"][0]["linkUp"] = json!(false);
+    vm(&mut objects, "vm1")["interfaces"][0]["limits"] =
+        json!({"transmit": {"packetsPerSecond": 5, "burstPackets": 9}});
+    vm(&mut objects, "vm1")["cpu"] = json!({"model": "x86-64-v3"});
+    check_applies(
+        &objects,
+        &host,
+        &prune(),
+        expect![[r#"
+        ~ VirtualMachine/vm1  staged: restartPolicy is Never
+              cpu.model                host → x86-64-v3                       staged
+              balloon.target           0 → 64Mi                               live
+              disks[disk1].limits      none → 50Mi/s, 100 operations/s        live
+              interfaces[net0].linkUp  true → false                           live
+              interfaces[net0].limits  none → transmit 5 packets/s (burst 9)  live
+        Plan: 1 staged. Downtime: none.
+    "#]],
+    );
+}
+
+#[test]
+fn a_device_of_another_identity_is_unplugged_and_plugged() {
+    let mut objects = tutorial();
+    let host = applied(&objects);
+    vm(&mut objects, "vm1")["disks"][1]["readOnly"] = json!(true);
+    vm(&mut objects, "vm1")["interfaces"][0]["macAddress"] = json!("52:54:00:aa:bb:cc");
+    check_applies(
+        &objects,
+        &host,
+        &prune(),
+        expect![[r#"
+        ~ VirtualMachine/vm1  1 vCPU, 256Mi, 2 disks, 1 NIC
+              disks[disk1]      /pool/vm1-data.raw → /pool/vm1-data.raw (read-only)  live
+              interfaces[net0]  52:54:00:86:8b:09 → 52:54:00:aa:bb:cc  live
+        Plan: 1 to update live. Downtime: none.
+    "#]],
+    );
+    let steps: Vec<String> = host.log().iter().rev().take(7).rev().map(ToString::to_string).collect();
+    expect![[r#"
+        [
+            "define VM vm1",
+            "unplug disk1 from VM vm1",
+            "plug the disk disk1 into VM vm1",
+            "unplug net0 from VM vm1",
+            "delete vm1.net0",
+            "create tap vm1.net0",
+            "plug the NIC net0 into VM vm1",
+        ]
+    "#]]
+    .assert_debug_eq(&steps);
+}
+
+#[test]
+fn a_guest_that_refuses_holds_up_only_what_it_must() {
+    let mut objects = tutorial();
+    add_volume(&mut objects, "more");
+    push(&mut vm(&mut objects, "vm1")["disks"], json!({"volume": "more", "name": "more"}));
+    let host = applied(&objects);
+    host.set_faults(Faults { guests_refuse: true, ..Faults::default() });
+    // One goes, another comes, and the volume of the first is let go of.
+    let mut objects = tutorial();
+    add_volume(&mut objects, "other");
+    push(&mut vm(&mut objects, "vm1")["disks"], json!({"volume": "other", "name": "other"}));
+    let outcomes = run(&diff(&desire(&objects), &host, &prune()), &host);
+    let failed: Vec<String> =
+        outcomes.iter().filter(|(_, outcome)| !outcome.is_done()).map(|(id, _)| id.to_string()).collect();
+    assert_eq!(failed, ["Volume/more", "VirtualMachine/vm1"]);
+    assert!(running(&host, "vm1").1.contains(&"other".to_owned()));
+    // It stays asked, and a later apply ends what was begun.
+    check(
+        &objects,
+        &host,
+        &prune(),
+        expect![[r#"
+        ~ VirtualMachine/vm1  1 vCPU, 256Mi, 3 disks, 1 NIC
+              disks[more]  /pool/more.raw → none  live
+              note: the guest was asked to let go of more
+        . Volume/more         retain: declared no more; the data stays where it is
+        Plan: 1 to update live, 1 retained. Downtime: none.
+    "#]],
+    );
+    host.set_faults(Faults::default());
+    let plan = converge(&objects, &host, &prune());
+    assert!(plan.is_empty(), "{}", text::plan(&plan, Style::default()));
+    assert_eq!(running(&host, "vm1").1, ["disk0", "disk1", "other", "net0"]);
+}
+
+#[test]
+fn a_disk_moves_from_one_running_guest_to_another() {
+    let mut objects = tutorial();
+    add_volume(&mut objects, "moving");
+    push(&mut vm(&mut objects, "vm2")["disks"], json!({"volume": "moving", "name": "moving"}));
+    let host = applied(&objects);
+    vm(&mut objects, "vm2")["disks"].as_array_mut().unwrap().pop();
+    push(&mut vm(&mut objects, "vm1")["disks"], json!({"volume": "moving", "name": "moving"}));
+    let outcomes = run(&diff(&desire(&objects), &host, &prune()), &host);
+    assert!(outcomes.values().all(|outcome| outcome.is_done()), "{outcomes:#?}");
+    assert_eq!(running(&host, "vm1").1, ["disk0", "disk1", "moving", "net0"]);
+    assert!(diff(&desire(&objects), &host, &prune()).is_empty());
+}
+
+#[test]
+fn a_disk_that_its_guest_can_not_let_go_of_is_no_other_guests() {
+    let mut objects = tutorial();
+    vm(&mut objects, "vm2")["machine"] = json!("micro");
+    let host = applied(&objects);
+    let disk = vm(&mut objects, "vm2")["disks"].as_array_mut().unwrap().pop().unwrap();
+    push(&mut vm(&mut objects, "vm1")["disks"], disk);
+    check(
+        &objects,
+        &host,
+        &prune(),
+        expect![[r#"
+        ! VirtualMachine/vm1  blocked: /pool/vm2-data.raw is a disk of VirtualMachine/vm2, which runs on it until its next start
+              disks[disk2]  none → /pool/vm2-data.raw  live
+              hint: `vmctl restart vm2`, then apply again
+        ~ VirtualMachine/vm2  staged: restartPolicy is Never
+              disks[disk1]  /pool/vm2-data.raw → none  staged
+        Plan: 1 staged, 1 blocked. Downtime: none.
+    "#]],
+    );
+}
+
+#[test]
+fn a_volume_to_be_deleted_waits_until_no_guest_runs_on_it() {
+    let mut objects = tutorial();
+    vm(&mut objects, "vm1")["machine"] = json!("micro");
+    add_volume(&mut objects, "scratch");
+    objects.get_mut(&id("Volume/scratch")).unwrap()["reclaimPolicy"] = json!("Delete");
+    push(&mut vm(&mut objects, "vm1")["disks"], json!({"volume": "scratch", "name": "scratch"}));
+    let host = applied(&objects);
+    vm(&mut objects, "vm1")["disks"].as_array_mut().unwrap().pop();
+    objects.remove(&id("Volume/scratch"));
+    check(
+        &objects,
+        &host,
+        &prune(),
+        expect![[r#"
+            ~ VirtualMachine/vm1  staged: restartPolicy is Never
+                  disks[scratch]  /pool/scratch.raw → none  staged
+            ! Volume/scratch      blocked: declared no more, and its reclaimPolicy was Delete
+                  data  /pool/scratch.raw → the pool's trash  DATA LOSS
+                  blocked: VirtualMachine/vm1 runs on it until its next start
+                  hint: `vmctl restart vm1`, then apply again
+            Plan: 1 staged, 1 blocked. Downtime: none.
+        "#]],
+    );
+}
+
+#[test]
+fn a_nic_changes_its_vlan_live() {
+    let mut objects = objects(&[
+        ("Bridge/trunk", json!({"vlanFiltering": true})),
+        (
+            "VirtualMachine/web",
+            json!({
+                "memory": "256Mi",
+                "boot": {"kernel": "/boot/vmlinux"},
+                "interfaces": [{"bridge": "trunk", "vlan": {"access": 10}}],
+            }),
+        ),
+    ]);
+    let host = applied(&objects);
+    let vlans = |host: &SimHost| {
+        let links = host.snapshot(&everything()).links.unwrap();
+        vmctl::kinds::describe_vlans(&links[&link("web.net0")].port.as_ref().unwrap().vlans)
+    };
+    assert_eq!(vlans(&host), "10 pvid untagged");
+    vm(&mut objects, "web")["interfaces"][0]["vlan"] = json!({"trunk": [20, 30, 31], "native": 10});
+    check_applies(
+        &objects,
+        &host,
+        &prune(),
+        expect![[r#"
+        ~ VirtualMachine/web  1 vCPU, 256Mi, 0 disks, 1 NIC
+              interfaces[net0].vlan  10 pvid untagged → 10 pvid untagged, 20, 30-31  live
+        Plan: 1 to update live. Downtime: none.
+    "#]],
+    );
+    assert_eq!(vlans(&host), "10 pvid untagged, 20, 30-31");
+    vm(&mut objects, "web")["interfaces"][0]["vlan"] = json!(null);
+    check_applies(
+        &objects,
+        &host,
+        &prune(),
+        expect![[r#"
+        ~ VirtualMachine/web  1 vCPU, 256Mi, 0 disks, 1 NIC
+              interfaces[net0].vlan  10 pvid untagged, 20, 30-31 → none  live
+        Plan: 1 to update live. Downtime: none.
+    "#]],
+    );
+}
+
+#[test]
+fn a_guest_booted_from_its_disk_keeps_that_disk() {
+    let mut objects = tutorial();
+    vm(&mut objects, "vm1")["boot"] = json!({"disk": "disk0", "append": "quiet"});
+    let host = applied(&objects);
+    vm(&mut objects, "vm1")["disks"][0]["readOnly"] = json!(true);
+    check_applies(
+        &objects,
+        &host,
+        &prune(),
+        expect![[r#"
+        ~ VirtualMachine/vm1  staged: restartPolicy is Never
+              disks[disk0]  /pool/vm1-root.qcow2 → /pool/vm1-root.qcow2 (read-only)  staged
+        Plan: 1 staged. Downtime: none.
+    "#]],
+    );
+}
+
+#[test]
+fn what_a_guest_suffers_from_is_told_and_not_restarted() {
+    use vmctl::vmm::protocol::{Condition, ConditionKind, Phase};
+    let host = applied(&tutorial());
+    host.edit(|world| {
+        let vm = world.vms.as_mut().unwrap().get_mut("vm1").unwrap();
+        let process = vm.process.as_mut().unwrap().as_mut().unwrap();
+        process.phase = Phase::Paused;
+        process.conditions.push(Condition {
+            kind: ConditionKind::DiskFull,
+            device: Some("disk1".into()),
+            message: "the storage below disk1 is full".into(),
+            age_ms: 5,
+        });
+    });
+    check(
+        &tutorial(),
+        &host,
+        &prune(),
+        expect![[r#"
+          VirtualMachine/vm1  1 vCPU, 256Mi, 2 disks, 1 NIC
+              note: the storage below disk1 is full
+        No differences (15 objects).
+    "#]],
+    );
+}
+
+/// What a process of before PCI answers with, and what it was defined as.
+#[test]
+fn a_guest_from_before_pci_runs_on_and_is_told_what_comes() {
+    let host = applied(&tutorial());
+    host.edit(|world| {
+        let vm = world.vms.as_mut().unwrap().get_mut("vm1").unwrap();
+        let definition = vm.definition.as_mut().unwrap();
+        definition.config.machine = vmctl::vmm::config::MachineKind::Micro;
+        definition.config.generation_id = None;
+        vm.process.as_mut().unwrap().as_mut().unwrap().config = definition.config.clone();
+    });
+    check_applies(
+        &tutorial(),
+        &host,
+        &prune(),
+        expect![[r#"
+        ~ VirtualMachine/vm1  staged: restartPolicy is Never
+              machine       micro → pci                                  staged
+              generationId  none → 4af516c9-044b-889f-9dba-b8bb4b131950  staged
+        Plan: 1 staged. Downtime: none.
+    "#]],
+    );
+    check(
+        &tutorial(),
+        &host,
+        &prune(),
+        expect![[r#"
+          VirtualMachine/vm1  1 vCPU, 256Mi, 2 disks, 1 NIC
+              note: machine pci takes effect at the next start
+              note: generationId 4af516c9-044b-889f-9dba-b8bb4b131950 takes effect at the next start
+        No differences (15 objects).
+    "#]],
+    );
+}
+
+#[test]
+fn a_panicked_guest_has_failed() {
+    use vmctl::vmm::protocol::{ExitReason, ExitRecord};
+    for (strategy, starts) in
+        [("Always", true), ("RerunOnFailure", true), ("Manual", false), ("Halted", false)]
+    {
+        let mut objects = tutorial();
+        let host = applied(&objects);
+        vm(&mut objects, "vm1")["runStrategy"] = json!(strategy);
+        host.edit(|world| {
+            let vm = world.vms.as_mut().unwrap().get_mut("vm1").unwrap();
+            let message = "the guest's kernel panicked".to_owned();
+            vm.process = None;
+            vm.exit = Some(ExitRecord { reason: ExitReason::GuestPanicked, message });
+        });
+        converge(&objects, &host, &prune());
+        let vms = host.snapshot(&everything()).vms.unwrap();
+        assert_eq!(vms["vm1"].process.is_some(), starts, "{strategy}");
+    }
+}
+
 #[test]
 fn a_renamed_bridge_takes_its_ports_along() {
     let mut objects = tutorial();
@@ -434,8 +842,9 @@ fn edited() -> impl Strategy<Value = Objects> {
     let bridge = prop::sample::select(vec!["brvlan10", "brvlan20"]);
     let strategy = prop::sample::select(vec!["Always", "Halted", "RerunOnFailure", "Manual"]);
     let memory = prop::sample::select(vec!["256Mi", "512Mi"]);
-    (keep, mtu, data, bridge, strategy, memory, any::<bool>(), any::<bool>()).prop_map(
-        |(keep, mtu, data, bridge, strategy, memory, allowed, addresses)| {
+    let plugged = (0u8..4, 0u8..3, any::<bool>(), any::<bool>());
+    (keep, mtu, data, bridge, strategy, memory, any::<bool>(), any::<bool>(), plugged).prop_map(
+        |(keep, mtu, data, bridge, strategy, memory, allowed, addresses, plugged)| {
             let mut objects = tutorial();
             for (index, keep) in keep.iter().enumerate() {
                 let vm = format!("vm{}", index + 1);
@@ -459,9 +868,37 @@ fn edited() -> impl Strategy<Value = Objects> {
             if let Some(vm) = objects.get_mut(&id("VirtualMachine/vm2")) {
                 vm["runStrategy"] = json!(strategy);
             }
+            plug_in(&mut objects, plugged);
             objects
         },
     )
+}
+
+/// Gives vm1 some devices more, and vm3 too, which has now one machine and now the other. The disk `moving` is
+/// now vm1's, now vm2's.
+fn plug_in(objects: &mut Objects, (disks, nics, read_only, micro): (u8, u8, bool, bool)) {
+    for name in ["vm1", "vm3"] {
+        let Some(mut spec) = objects.remove(&id(&format!("VirtualMachine/{name}"))) else { continue };
+        for index in 0..disks {
+            let volume = format!("{name}-more{index}");
+            add_volume(objects, &volume);
+            let disk = json!({"volume": volume, "name": format!("more{index}"), "readOnly": read_only});
+            push(&mut spec["disks"], disk);
+        }
+        for index in 0..nics {
+            let bridge = if read_only { "brvlan10" } else { "brvlan20" };
+            push(&mut spec["interfaces"], json!({"bridge": bridge, "name": format!("more-net{index}")}));
+        }
+        if name == "vm3" && micro {
+            spec["machine"] = json!("micro");
+        }
+        objects.insert(id(&format!("VirtualMachine/{name}")), spec);
+    }
+    add_volume(objects, "moving");
+    let owner = if read_only { "VirtualMachine/vm1" } else { "VirtualMachine/vm2" };
+    if let Some(spec) = objects.get_mut(&id(owner)) {
+        push(&mut spec["disks"], json!({"volume": "moving", "name": "moving"}));
+    }
 }
 
 /// Approves whatever the guards ask for: these properties are about what happens then.
@@ -517,6 +954,19 @@ proptest! {
         let plan = converge_approved(&objects, &crashed);
         prop_assert!(plan.is_empty(), "{}", text::plan(&plan, Style::default()));
         prop_assert_eq!(settled(crashed.snapshot(&everything())), settled(smooth.snapshot(&everything())));
+    }
+
+    #[test]
+    fn a_process_that_dies_at_any_step_is_no_end(objects in edited(), at in 1usize..40, refuse in any::<bool>()) {
+        let host = host();
+        converge_approved(&tutorial(), &host);
+        let vm_dies_at = Some(host.steps_run() + at);
+        host.set_faults(Faults { vm_dies_at, guests_refuse: refuse, ..Faults::default() });
+        let approve = Some(diff(&desire(&objects), &host, &prune()).hash);
+        run(&diff(&desire(&objects), &host, &Policy { approve, ..prune() }), &host);
+        host.set_faults(Faults::default());
+        let plan = converge_approved(&objects, &host);
+        prop_assert!(plan.is_empty(), "{}", text::plan(&plan, Style::default()));
     }
 
     #[test]

@@ -185,16 +185,34 @@ fn explain_prints_fields_as_kubectl_does() {
 
         DESCRIPTION:
             Disks, in the order in which the guest finds them (`/dev/vda`,
-            `/dev/vdb`…).
+            `/dev/vdb`…). Those that are added while it runs come last until its next
+            start.
 
         FIELDS:
           volume	<string> -required-
             The Volume.
 
+          cache	<string>
+            Where written data may linger. `writeback`: in the host's page cache until
+            the guest flushes. `direct`: past the host's page cache. `writethrough`:
+            each write is on the disk before the guest hears of it. `unsafe`: flushes
+            are ignored, for data that a crash of the host may take.
+            One of: writeback, direct, writethrough, unsafe.
+            Default: writeback.
+
+          limits	<object>
+            The most that it may do; changes live.
+            Default: no limits.
+
           name	<string>
             The disk's name in the VM and its serial number in the guest, at most 20
             bytes.
             Default: `disk<index>`.
+
+          queues	<integer>
+            Queues, 1 to 8.
+            Default: with machine pci one for each vCPU, at most 4; with machine micro
+            1.
 
           readOnly	<boolean>
             Default: false."#]]
@@ -216,7 +234,7 @@ fn explain_prints_fields_as_kubectl_does() {
     let error = explain("vm.dsks").unwrap_err();
     expect![[r#"
         VirtualMachine has no field `dsks` there
-        did you mean `disks`? The fields are `boot`, `memory`, `cpus`, `disks`, `interfaces`, `restartPolicy`, `runStrategy` and `shutdownTimeoutSeconds`"#]]
+        did you mean `disks`? The fields are `boot`, `memory`, `balloon`, `cpu`, `cpus`, `disks`, `entropy`, `interfaces`, `machine`, `memoryBacking`, `restartPolicy`, `runStrategy`, `shutdownTimeoutSeconds` and `vsock`"#]]
     .assert_eq(&format!("{error}\n{}", error.hint));
     let error = explain("virtualmachin").unwrap_err();
     expect![[r#"

@@ -21,9 +21,11 @@ mod interrupt;
 mod logs;
 mod objects;
 mod output;
+mod pause;
 mod power;
 mod progress;
 mod restart;
+mod resume;
 mod saved_plan;
 mod schema;
 mod selector;
@@ -64,6 +66,8 @@ enum Command {
     Start(start::Command),
     Stop(stop::Command),
     Restart(restart::Command),
+    Pause(pause::Command),
+    Resume(resume::Command),
     Console(console::Command),
     Logs(logs::Command),
     Agent(agent::Command),
@@ -90,6 +94,8 @@ impl Command {
             Self::Start(command) => command.vms.output == Format::Json,
             Self::Stop(command) => command.vms.output == Format::Json,
             Self::Restart(command) => command.vms.output == Format::Json,
+            Self::Pause(command) => command.vms.output == Format::Json,
+            Self::Resume(command) => command.vms.output == Format::Json,
             Self::Explain(command) => command.output == Format::Json,
             Self::Check(command) => command.output == Format::Json,
             Self::Version(command) => command.output == Format::Json,
@@ -113,6 +119,8 @@ impl Command {
             Self::Start(command) => command.run(session),
             Self::Stop(command) => command.run(session),
             Self::Restart(command) => command.run(session),
+            Self::Pause(command) => command.run(session),
+            Self::Resume(command) => command.run(session),
             Self::Console(command) => command.run(session),
             Self::Logs(command) => command.run(session),
             Self::Agent(command) => command.run(session),

@@ -1,4 +1,4 @@
-//! What `start`, `stop` and `restart` share: VMs by name, as they are defined on this host.
+//! What `start`, `stop`, `restart`, `pause` and `resume` share: VMs by name, as they are defined on this host.
 
 use std::collections::BTreeSet;
 

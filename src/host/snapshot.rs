@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::error::ObserveError;
 use crate::name::{IpPrefix, LinkName, MacAddress, Mark, ObjectName, VlanId};
 use crate::vmm::config::{DiskFormat, VmConfig};
-use crate::vmm::protocol::{ExitRecord, Phase};
+use crate::vmm::protocol::{Condition, ConditionKind, ExitRecord, Phase};
 
 /// Seen, or not to be seen. A missing object is `Ok` without it.
 pub type Observed<T> = Result<T, ObserveError>;
@@ -102,7 +102,10 @@ pub enum LinkKind {
         id: VlanId,
         protocol: VlanProtocol,
     },
-    Tap,
+    Tap {
+        /// It may have several queues.
+        multi_queue: bool,
+    },
     /// A physical device, or any other kind (`veth`, `bond`, `dummy`…), by the kernel's name for it.
     Other(String),
 }
@@ -213,7 +216,28 @@ pub struct VmDefinition {
     pub config: VmConfig,
     /// Of the taps, in the order of `config.nics`: the bridge each belongs to.
     pub bridges: Vec<LinkName>,
+    /// Of the taps, in the same order: their VLANs on a bridge that filters, else empty.
+    #[serde(default)]
+    pub vlans: Vec<BTreeMap<VlanId, VlanFlags>>,
+    #[serde(default)]
+    pub cpu_share: CpuShare,
     pub run_strategy: RunStrategy,
+}
+
+/// A VM's part of the host's CPU time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuShare {
+    /// Against other VMs, 1 to 10000.
+    pub weight: u16,
+    /// Of one host CPU. `None`: no limit.
+    pub quota_percent: Option<u16>,
+}
+
+impl Default for CpuShare {
+    /// What the kernel gives a new control group.
+    fn default() -> Self {
+        Self { weight: 100, quota_percent: None }
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -237,6 +261,17 @@ pub struct VmProcess {
     pub reboots: u64,
     pub config: VmConfig,
     pub disk_capacity_bytes: Vec<u64>,
+    /// What is not as it should be and lasts.
+    pub conditions: Vec<Condition>,
+}
+
+impl VmProcess {
+    /// Its condition of this kind about this device, if it has it.
+    pub fn condition(&self, kind: ConditionKind, device: Option<&str>) -> Option<&Condition> {
+        self.conditions.iter().find(|condition| {
+            condition.kind == kind && (device.is_none() || condition.device.as_deref() == device)
+        })
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

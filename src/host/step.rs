@@ -8,9 +8,9 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::Lane;
-use super::snapshot::{BridgeFacts, PortFacts, VlanProtocol, VmDefinition};
+use super::snapshot::{BridgeFacts, CpuShare, PortFacts, VlanProtocol, VmDefinition};
 use crate::name::{IpPrefix, LinkName, MacAddress, Mark, ObjectName, Sha256, VlanId};
-use crate::vmm::config::DiskFormat;
+use crate::vmm::config::{DiskConfig, DiskFormat, Limits, NicConfig};
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Step {
@@ -144,6 +144,62 @@ pub enum Step {
         nic: String,
         tap: LinkName,
     },
+    /// Opens and locks the disk's files as [`Step::StartVm`] does, and plugs it into the running VM.
+    AddDisk {
+        vm: ObjectName,
+        mark: Mark,
+        disk: Box<DiskConfig>,
+    },
+    /// Plugs a NIC into the running VM; its tap must be there.
+    AddNic {
+        vm: ObjectName,
+        mark: Mark,
+        nic: Box<NicConfig>,
+    },
+    /// Asks the guest to let go of a disk or a NIC, and waits until it has. Fails if it doesn't: it may be
+    /// asked again.
+    RemoveDevice {
+        vm: ObjectName,
+        mark: Mark,
+        device: String,
+    },
+    SetDiskLimits {
+        vm: ObjectName,
+        mark: Mark,
+        disk: String,
+        limits: Limits,
+    },
+    SetNicLimits {
+        vm: ObjectName,
+        mark: Mark,
+        nic: String,
+        receive: Limits,
+        transmit: Limits,
+    },
+    /// The guest sees the carrier come or go.
+    SetCarrier {
+        vm: ObjectName,
+        mark: Mark,
+        nic: String,
+        up: bool,
+    },
+    SetBalloon {
+        vm: ObjectName,
+        mark: Mark,
+        target_bytes: u64,
+    },
+    /// Gives the running VM another part of the host's CPUs.
+    SetCpuShare {
+        vm: ObjectName,
+        mark: Mark,
+        share: CpuShare,
+    },
+    /// Stops the vCPUs of a running VM, or lets them go on.
+    PauseVm {
+        vm: ObjectName,
+        mark: Mark,
+        paused: bool,
+    },
     /// Sets or clears the hold of `vmctl stop`.
     HoldVm {
         vm: ObjectName,
@@ -174,8 +230,12 @@ pub enum NewLinkKind {
         id: VlanId,
         protocol: VlanProtocol,
     },
-    /// A persistent tap with `IFF_VNET_HDR`, made of the mark's VM.
-    Tap,
+    /// A persistent tap with `IFF_VNET_HDR`, made of the mark's VM. `multi_queue`: it may be opened several
+    /// times, once for each queue pair of its NIC.
+    Tap {
+        #[serde(default)]
+        multi_queue: bool,
+    },
 }
 
 /// One attribute of an existing link.
@@ -243,10 +303,32 @@ pub enum StopHow {
 }
 
 impl Step {
+    /// The VM that it is about.
+    pub fn vm(&self) -> Option<&ObjectName> {
+        match self {
+            Self::DefineVm { vm, .. }
+            | Self::UndefineVm { vm, .. }
+            | Self::StartVm { vm, .. }
+            | Self::StopVm { vm, .. }
+            | Self::ResizeDisk { vm, .. }
+            | Self::ReplaceTap { vm, .. }
+            | Self::AddDisk { vm, .. }
+            | Self::AddNic { vm, .. }
+            | Self::RemoveDevice { vm, .. }
+            | Self::SetDiskLimits { vm, .. }
+            | Self::SetNicLimits { vm, .. }
+            | Self::SetCarrier { vm, .. }
+            | Self::SetBalloon { vm, .. }
+            | Self::SetCpuShare { vm, .. }
+            | Self::PauseVm { vm, .. }
+            | Self::HoldVm { vm, .. } => Some(vm),
+            _ => None,
+        }
+    }
+
     pub fn lane(&self) -> Lane {
         match self {
-            Step::CreateLink(NewLink { kind: NewLinkKind::Tap, .. })
-            | Step::CreateLink(_)
+            Step::CreateLink(_)
             | Step::DeleteLink { .. }
             | Step::MarkLink { .. }
             | Step::UnmarkLink { .. }
@@ -267,7 +349,7 @@ impl std::fmt::Display for Step {
                 NewLinkKind::Vlan { parent, id, .. } => {
                     write!(f, "create {} as VLAN {id} on {parent}", new.name)
                 }
-                NewLinkKind::Tap => write!(f, "create tap {}", new.name),
+                NewLinkKind::Tap { .. } => write!(f, "create tap {}", new.name),
             },
             Self::DeleteLink { link, .. } => write!(f, "delete {link}"),
             Self::MarkLink { link, .. } => write!(f, "mark {link} as vmctl's"),
@@ -301,6 +383,20 @@ impl std::fmt::Display for Step {
             Self::StopVm { vm, how: StopHow::Forced, .. } => write!(f, "stop VM {vm} by force"),
             Self::ResizeDisk { vm, disk, .. } => write!(f, "grow {disk} of VM {vm}"),
             Self::ReplaceTap { vm, nic, .. } => write!(f, "give {nic} of VM {vm} a new tap"),
+            Self::AddDisk { vm, disk, .. } => write!(f, "plug the disk {} into VM {vm}", disk.name),
+            Self::AddNic { vm, nic, .. } => write!(f, "plug the NIC {} into VM {vm}", nic.name),
+            Self::RemoveDevice { vm, device, .. } => write!(f, "unplug {device} from VM {vm}"),
+            Self::SetDiskLimits { vm, disk, .. } => write!(f, "set the limits of {disk} of VM {vm}"),
+            Self::SetNicLimits { vm, nic, .. } => write!(f, "set the limits of {nic} of VM {vm}"),
+            Self::SetCarrier { vm, nic, up, .. } => {
+                write!(f, "set the link of {nic} of VM {vm} {}", if *up { "up" } else { "down" })
+            }
+            Self::SetBalloon { vm, target_bytes, .. } => {
+                write!(f, "set the balloon of VM {vm} to {}", crate::name::ByteSize(*target_bytes))
+            }
+            Self::SetCpuShare { vm, .. } => write!(f, "set the CPU share of VM {vm}"),
+            Self::PauseVm { vm, paused: true, .. } => write!(f, "pause VM {vm}"),
+            Self::PauseVm { vm, paused: false, .. } => write!(f, "let VM {vm} go on"),
             Self::HoldVm { vm, held: true, .. } => write!(f, "hold VM {vm} down"),
             Self::HoldVm { vm, held: false, .. } => write!(f, "let VM {vm} run"),
         }

@@ -143,7 +143,7 @@ pub(super) fn compare_port(
 }
 
 /// `10 pvid untagged, 20, 30-35`
-pub(super) fn describe_vlans(vlans: &BTreeMap<VlanId, VlanFlags>) -> String {
+pub fn describe_vlans(vlans: &BTreeMap<VlanId, VlanFlags>) -> String {
     let mut ranges: Vec<(u16, u16, VlanFlags)> = Vec::new();
     for (id, flags) in vlans {
         match ranges.last_mut() {

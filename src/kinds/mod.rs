@@ -24,6 +24,7 @@ use crate::host::snapshot::Capability;
 use crate::name::{Kind, ObjectId, ObjectName, SetName};
 use action::Action;
 pub use context::{Context, link_of};
+pub use links::describe_vlans;
 
 /// A declared object, with its defaults applied.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -191,10 +192,7 @@ impl Spec {
     pub fn files(&self) -> Vec<PathBuf> {
         match self {
             Spec::Image(spec) => vec![spec.source_path.clone()],
-            Spec::VirtualMachine(spec) => {
-                let boot = &spec.boot;
-                std::iter::once(boot.kernel.clone()).chain(boot.initrd.clone()).collect()
-            }
+            Spec::VirtualMachine(spec) => spec.files(),
             _ => Vec::new(),
         }
     }

@@ -72,6 +72,7 @@ fn digest(snapshot: &Snapshot, interesting: &BTreeSet<LinkName>) -> String {
         if let Some(Ok(process)) = &mut vm.process {
             process.uptime_ms = 0;
             process.reboots = 0;
+            process.conditions.iter_mut().for_each(|condition| condition.age_ms = 0);
         }
     }
     // Plain data with text keys: it serialises.

@@ -1,6 +1,7 @@
 //! `plan(desired, snapshot, policy) -> Plan`: every decision, and nothing else. Pure, deterministic,
 //! without I/O; the plan leaves no choice to who runs it.
 
+mod disks;
 mod fingerprint;
 mod guard;
 mod removal;
@@ -96,8 +97,8 @@ pub fn plan(desired: &Desired, snapshot: &Snapshot, policy: &Policy) -> Plan {
         }
         actions.push(action);
     }
-    let removals = removal::removals(&context, &policy.removal);
-    removal::order_against(&mut actions, &removals, snapshot);
+    let mut removals = removal::removals(&context, &policy.removal);
+    disks::settle(&context, &mut actions, &mut removals);
     actions = sort(actions, removals);
     settle_blocks(&mut actions);
 

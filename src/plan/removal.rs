@@ -1,18 +1,17 @@
 //! What the set has on the host and declares no more: found by its marks, removed in an order that
 //! nothing trips over, and never more than the marks allow.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use super::Removal;
 use crate::host::Step;
-use crate::host::snapshot::{LinkKind, Pool, PoolFile, Snapshot, Vm};
+use crate::host::snapshot::{LinkKind, Pool, PoolFile};
 use crate::host::step::{LinkChange, StopHow};
 use crate::kinds::Context;
 use crate::kinds::action::{Action, Blocker, Impact, Verb};
 use crate::kinds::image::compare::remove_step;
 use crate::kinds::virtual_machine::compare::{SHUTDOWN_TIMEOUT_MS, owner};
-use crate::name::{Kind, LinkName, Mark, ObjectId, ObjectName};
-use crate::vmm::config::VmConfig;
+use crate::name::{Kind, LinkName, Mark, ObjectId};
 
 /// Every object of the set that the host has.
 pub fn owned(context: &Context) -> BTreeSet<ObjectId> {
@@ -259,42 +258,8 @@ impl Finder<'_> {
 
     fn remove_taps(&self, id: &ObjectId, action: &mut Action) {
         for (name, link, mark) in self.context.links_of(id) {
-            if link.kind == LinkKind::Tap {
+            if matches!(link.kind, LinkKind::Tap { .. }) {
                 action.step(Step::DeleteLink { link: (*name).clone(), mark: mark.clone() });
-            }
-        }
-    }
-}
-
-fn running_config(vm: &Vm) -> Option<&VmConfig> {
-    Some(&vm.process.as_ref()?.as_ref().ok()?.config)
-}
-
-/// Orders declared actions against removals: a removed VM lets go of its disks before another VM takes
-/// them (a rename), and a removed link goes only when what is on it has moved (already in its `after`).
-pub fn order_against(actions: &mut [Action], removals: &[Action], snapshot: &Snapshot) {
-    let leaving: BTreeMap<&ObjectName, &VmConfig> = removals
-        .iter()
-        .filter(|action| action.object.kind == Kind::VirtualMachine)
-        .filter_map(|action| {
-            let vm = snapshot.vms.as_ref().ok()?.get(&action.object.name)?;
-            Some((&action.object.name, running_config(vm)?))
-        })
-        .collect();
-    for action in actions {
-        let disks: Vec<String> = action
-            .steps
-            .iter()
-            .filter_map(|step| match step {
-                Step::StartVm { definition, .. } => Some(&definition.config.disks),
-                _ => None,
-            })
-            .flatten()
-            .map(|disk| disk.path.clone())
-            .collect();
-        for (name, config) in &leaving {
-            if config.disks.iter().any(|disk| disks.contains(&disk.path)) {
-                action.after.push(ObjectId::new(Kind::VirtualMachine, (*name).clone()));
             }
         }
     }

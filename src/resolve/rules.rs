@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::Problem;
-use crate::kinds::virtual_machine::{default_mac, tap_name};
+use crate::kinds::virtual_machine::{default_cid, default_mac, tap_name};
 use crate::kinds::volume::Content;
 use crate::kinds::{Spec, link_of};
 use crate::name::{Kind, LinkName, ObjectId, SetName};
@@ -20,6 +20,8 @@ pub fn check(set: &SetName, objects: &Objects, unusable: &BTreeSet<ObjectId>, pr
     pool_paths(objects, problems);
     images(objects, problems);
     disks(objects, problems);
+    interface_vlans(objects, problems);
+    context_ids(set, objects, problems);
 }
 
 fn references(objects: &Objects, unusable: &BTreeSet<ObjectId>, problems: &mut Vec<Problem>) {
@@ -287,6 +289,45 @@ fn disks(objects: &Objects, problems: &mut Vec<Problem>) {
                     .related(first, at, "first used here")
                     .hint("a volume has one writer; set `readOnly: true` on each of its disks, or make a volume for each"),
             );
+        }
+    }
+}
+
+/// A bridge that doesn't filter lets every frame through: a NIC's VLANs would be nothing but words.
+fn interface_vlans(objects: &Objects, problems: &mut Vec<Problem>) {
+    for (id, spec) in objects {
+        let Spec::VirtualMachine(vm) = spec else { continue };
+        for (index, nic) in vm.interfaces.iter().enumerate().filter(|(_, nic)| nic.vlans.is_some()) {
+            let bridge_id = ObjectId::new(Kind::Bridge, nic.bridge.clone());
+            if let Some(Spec::Bridge(bridge)) = objects.get(&bridge_id)
+                && !bridge.settings.vlan_filtering
+            {
+                let pointer = format!("/interfaces/{index}/vlan");
+                let message = format!("`vlan` has no meaning on {bridge_id}, which doesn't filter VLANs");
+                problems.push(
+                    Problem::new(id, pointer, message)
+                        .related(&bridge_id, "/vlanFiltering", "the bridge")
+                        .hint("set `vlanFiltering: true` on the bridge, or use a bridge for each VLAN"),
+                );
+            }
+        }
+    }
+}
+
+fn context_ids(set: &SetName, objects: &Objects, problems: &mut Vec<Problem>) {
+    let mut seen: BTreeMap<u32, (&ObjectId, String)> = BTreeMap::new();
+    for (id, spec) in objects {
+        let Spec::VirtualMachine(vm) = spec else { continue };
+        let Some(vsock) = vm.vsock else { continue };
+        let cid = vsock.cid.unwrap_or_else(|| default_cid(set, &id.name));
+        let pointer = if vsock.cid.is_some() { "/vsock/cid" } else { "/vsock" };
+        if let Some((other, at)) = seen.get(&cid) {
+            problems.push(
+                Problem::new(id, pointer, format!("the vsock context id {cid} is already that of {other}"))
+                    .related(other, at, "first used here"),
+            );
+        } else {
+            seen.insert(cid, (id, pointer.to_owned()));
         }
     }
 }

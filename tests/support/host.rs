@@ -73,7 +73,7 @@ pub fn tap(link: &str, master: Option<&str>) -> NewLink {
     let owner = mark(Kind::VirtualMachine, "web");
     NewLink {
         mark: Mark::part(owner.set, owner.owner, "net0"),
-        kind: NewLinkKind::Tap,
+        kind: NewLinkKind::Tap { multi_queue: false },
         master: master.map(name),
         ..bridge(link)
     }

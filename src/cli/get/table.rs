@@ -2,6 +2,7 @@
 
 use super::KINDS;
 use crate::cli::objects::{Object, Status, VmStatus};
+use crate::kinds::virtual_machine::changes::word;
 use crate::report::text::Style;
 use crate::report::units::{duration, size};
 
@@ -27,6 +28,7 @@ const VM: &[Column] = &[
     wide("STRATEGY"),
     wide("REBOOTS"),
     wide("TAPS"),
+    wide("MACHINE"),
 ];
 const BRIDGE: &[Column] = &[
     column("STATE"),
@@ -145,7 +147,9 @@ fn is_worrying(status: &Status) -> bool {
         Status::StoragePool(pool) => !pool.present,
         Status::Image(_) => false,
         Status::Volume(volume) => volume.unusable.is_some(),
-        Status::VirtualMachine(vm) => vm.problem.is_some() || vm.phase == "Paused",
+        Status::VirtualMachine(vm) => {
+            vm.problem.is_some() || vm.phase == "Paused" || !vm.conditions.is_empty()
+        }
     }
 }
 
@@ -225,15 +229,10 @@ pub fn format_name(format: crate::vmm::config::DiskFormat) -> String {
 }
 
 fn vm_cells(vm: &VmStatus) -> Vec<String> {
-    let phase = match (vm.phase, vm.held, vm.staged) {
-        ("Stopped", true, _) => "Stopped (held)".to_owned(),
-        (phase, _, true) => format!("{phase} (staged)"),
-        (phase, ..) => phase.to_owned(),
-    };
     let bridges: Vec<String> = vm.interfaces.iter().map(|nic| maybe(&nic.bridge)).collect();
     let taps: Vec<&str> = vm.interfaces.iter().map(|nic| nic.tap.as_str()).collect();
     vec![
-        phase,
+        vm.phase_and_why(),
         vm.cpus.to_string(),
         size(vm.memory_bytes),
         vm.disks.len().to_string(),
@@ -243,5 +242,6 @@ fn vm_cells(vm: &VmStatus) -> Vec<String> {
         vm.run_strategy.map_or("-".to_owned(), |strategy| format!("{strategy:?}")),
         maybe(&vm.reboots),
         list(&taps),
+        vm.machine.map_or("-".to_owned(), |machine| word(&machine)),
     ]
 }

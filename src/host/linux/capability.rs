@@ -38,7 +38,7 @@ pub fn shown_by(links: &BTreeMap<LinkName, Link>) -> BTreeSet<Capability> {
             LinkKind::Vlan { .. } => {
                 shown.insert(Capability::Vlan);
             }
-            LinkKind::Tap => {
+            LinkKind::Tap { .. } => {
                 shown.insert(Capability::Tun);
             }
             LinkKind::Other(_) => {}

@@ -103,7 +103,7 @@ fn lacking(step: &Step, doing: &Doing, refusal: &Refusal) -> Option<Capability> 
             }
             NewLinkKind::Bridge(_) => Some(Capability::Bridge),
             NewLinkKind::Vlan { .. } => Some(Capability::Vlan),
-            NewLinkKind::Tap => Some(Capability::Tun),
+            NewLinkKind::Tap { .. } => Some(Capability::Tun),
         },
         (Doing::VlanFiltering(_) | Doing::Vlans | Doing::OtherVlans, _) => Some(Capability::VlanFiltering),
         _ => None,

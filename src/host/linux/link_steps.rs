@@ -207,7 +207,7 @@ impl Batch {
         let index = self.next_index();
         let mut work = Work::default();
         match &new.kind {
-            NewLinkKind::Tap => match NewTap::create(&new.name, index) {
+            NewLinkKind::Tap { multi_queue } => match NewTap::create(&new.name, index, *multi_queue) {
                 Ok(tap) => {
                     work.push(Doing::Mark, message::alias(index, &alias));
                     work.tap = Some((tap, new.up.then(|| message::up(index, true))));
@@ -245,7 +245,7 @@ impl Batch {
 
     /// Everything about a link beyond its being there and its mark; also for one that is there already.
     fn configure(&self, new: &NewLink, index: u32, work: &mut Work, up_now: bool) -> Result<(), StepError> {
-        if let (NewLinkKind::Tap, Some(mac)) = (&new.kind, new.mac_address) {
+        if let (NewLinkKind::Tap { .. }, Some(mac)) = (&new.kind, new.mac_address) {
             work.push(Doing::MacAddress(mac), message::mac_address(index, mac));
         }
         if let Some(mtu) = new.mtu {
@@ -440,7 +440,9 @@ impl Batch {
     fn is_same_kind(&self, link: &RawLink, kind: &NewLinkKind) -> bool {
         match (kind, &link.kind) {
             (NewLinkKind::Bridge(_), LinkKind::Bridge(_)) => true,
-            (NewLinkKind::Tap, LinkKind::Tap) => link.persistent,
+            (NewLinkKind::Tap { multi_queue }, LinkKind::Tap { multi_queue: there }) => {
+                link.persistent && multi_queue == there
+            }
             (
                 NewLinkKind::Vlan { parent, id, protocol },
                 LinkKind::Vlan { id: id_there, protocol: there },

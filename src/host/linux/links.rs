@@ -24,9 +24,10 @@ use crate::name::{IpPrefix, LinkName, MacAddress, Mark, VlanId};
 pub const CENTISECONDS: u32 = 100;
 
 const LINK_HEADER_LEN: usize = 16;
-/// `IFLA_TUN_TYPE`, `IFLA_TUN_PERSIST` and the value for a tap (linux/if_link.h, linux/if_tun.h).
+/// `IFLA_TUN_TYPE`, `IFLA_TUN_PERSIST`, `IFLA_TUN_MULTI_QUEUE` and the value for a tap (linux/if_link.h, linux/if_tun.h).
 const IFLA_TUN_TYPE: u16 = 3;
 const IFLA_TUN_PERSIST: u16 = 6;
+const IFLA_TUN_MULTI_QUEUE: u16 = 7;
 const TUN_TYPE_TAP: u8 = 2;
 /// Links whose `IFLA_LINK` is their peer and not a link below.
 const PAIRED_KINDS: [&str; 3] = ["veth", "vxcan", "netkit"];
@@ -250,15 +251,16 @@ fn parse_vlan(payload: &[u8]) -> Option<LinkKind> {
 }
 
 fn parse_tun(payload: &[u8]) -> (Option<LinkKind>, bool) {
-    let (mut tap, mut persistent) = (false, false);
+    let (mut tap, mut persistent, mut multi_queue) = (false, false, false);
     for nla in NlasIterator::new(payload).flatten() {
         match nla.kind() {
             IFLA_TUN_TYPE => tap = nla.value() == [TUN_TYPE_TAP],
             IFLA_TUN_PERSIST => persistent = nla.value() == [1],
+            IFLA_TUN_MULTI_QUEUE => multi_queue = nla.value() == [1],
             _ => {}
         }
     }
-    (tap.then_some(LinkKind::Tap), persistent)
+    (tap.then_some(LinkKind::Tap { multi_queue }), persistent)
 }
 
 fn parse_port(payload: &[u8]) -> PortFacts {

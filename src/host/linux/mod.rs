@@ -19,6 +19,7 @@ pub mod storage;
 mod tap;
 pub mod termination;
 mod vm_control;
+mod vm_live;
 mod vm_place;
 mod vm_process;
 mod vm_start;
@@ -99,6 +100,15 @@ impl LinuxHost {
             | Step::StopVm { .. }
             | Step::ResizeDisk { .. }
             | Step::ReplaceTap { .. }
+            | Step::AddDisk { .. }
+            | Step::AddNic { .. }
+            | Step::RemoveDevice { .. }
+            | Step::SetDiskLimits { .. }
+            | Step::SetNicLimits { .. }
+            | Step::SetCarrier { .. }
+            | Step::SetBalloon { .. }
+            | Step::SetCpuShare { .. }
+            | Step::PauseVm { .. }
             | Step::HoldVm { .. } => self.vms.run(step),
             Step::CreatePool { .. }
             | Step::ForgetPool { .. }

@@ -1,7 +1,8 @@
 //! Tap devices, which rtnetlink can't make: `/dev/net/tun` and its ioctls.
 //!
-//! A tap of ours has `IFF_VNET_HDR`, one queue, and root as its owner: a persistent tap without an
-//! owner could be opened by anyone who may open `/dev/net/tun`, which is everybody on most hosts.
+//! A tap of ours has `IFF_VNET_HDR` and root as its owner: a persistent tap without an owner could be
+//! opened by anyone who may open `/dev/net/tun`, which is everybody on most hosts. It has one queue, and so
+//! one holder, unless its NIC has several pairs.
 
 use std::ffi::c_void;
 use std::io;
@@ -18,6 +19,10 @@ const FLAGS: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 /// What `TUNGETIFF` adds for a tap that outlives its holders (linux/if_tun.h).
 const IFF_PERSIST: libc::c_int = 0x0800;
 
+fn flags(multi_queue: bool) -> libc::c_int {
+    if multi_queue { FLAGS | libc::IFF_MULTI_QUEUE } else { FLAGS }
+}
+
 /// A tap that is not persistent yet: it goes when this value does.
 #[derive(Debug)]
 pub struct NewTap {
@@ -26,12 +31,12 @@ pub struct NewTap {
 
 impl NewTap {
     /// Makes a tap under a name and an index that must both be free; else the error is `EBUSY`.
-    pub fn create(name: &LinkName, index: u32) -> io::Result<Self> {
+    pub fn create(name: &LinkName, index: u32, multi_queue: bool) -> io::Result<Self> {
         let fd = open_tun()?;
         let wanted = libc::c_int::try_from(index).map_err(io::Error::other)?;
         // SAFETY: TUNSETIFINDEX reads one int, which lives through the call.
         unsafe { ioctl(&fd, libc::TUNSETIFINDEX as _, (&raw const wanted).cast_mut().cast()) }?;
-        set_interface(&fd, name, FLAGS | libc::IFF_TUN_EXCL)?;
+        set_interface(&fd, name, flags(multi_queue) | libc::IFF_TUN_EXCL)?;
         Ok(Self { fd })
     }
 
@@ -51,29 +56,33 @@ pub enum AttachError {
     NotThere,
     #[error("another process holds it")]
     InUse,
+    #[error("it was made for another number of queues")]
+    Queues,
     #[error("{0}")]
     Io(#[from] io::Error),
 }
 
-/// Takes hold of an existing persistent tap. Never leaves a new one behind.
+/// Takes hold of an existing persistent tap, once for each queue pair. Never leaves a new one behind.
 ///
 /// Waits for a moment if it is held: a process that ends gives it up last, and while another thread of
 /// ours starts a VM, the child holds a copy of every descriptor (the one that made this tap, too)
 /// between its fork and its exec.
-pub fn attach(name: &LinkName) -> Result<OwnedFd, AttachError> {
+pub fn attach(name: &LinkName, queue_pairs: u16) -> Result<Vec<OwnedFd>, AttachError> {
     let deadline = Instant::now() + HELD_PATIENCE;
-    loop {
-        match try_attach(name) {
+    let attach_one = |_| loop {
+        match try_attach(name, queue_pairs > 1) {
             Err(AttachError::InUse) if Instant::now() < deadline => std::thread::sleep(HELD_RETRY),
             result => return result,
         }
-    }
+    };
+    (0..queue_pairs.max(1)).map(attach_one).collect()
 }
 
-fn try_attach(name: &LinkName) -> Result<OwnedFd, AttachError> {
+fn try_attach(name: &LinkName, multi_queue: bool) -> Result<OwnedFd, AttachError> {
     let fd = open_tun()?;
-    set_interface(&fd, name, FLAGS).map_err(|error| match error.raw_os_error() {
+    set_interface(&fd, name, flags(multi_queue)).map_err(|error| match error.raw_os_error() {
         Some(libc::EBUSY) => AttachError::InUse,
+        Some(libc::EINVAL) => AttachError::Queues,
         _ => AttachError::Io(error),
     })?;
     let mut request = interface_request(name);

@@ -9,9 +9,9 @@ use super::vm_start::{self, require_definition};
 use crate::host::error::{ObserveError, StepError};
 use crate::host::snapshot::VmDefinition;
 use crate::host::step::{Step, StopHow};
-use crate::name::{LinkName, Mark, ObjectName};
+use crate::name::{Mark, ObjectName};
 use crate::vmm::client::{Control, ControlError};
-use crate::vmm::protocol::{Response, Verb};
+use crate::vmm::protocol::Verb;
 
 /// A guest that is still booting doesn't hear the power button: it is pressed again.
 const PRESS_INTERVAL: Duration = Duration::from_secs(5);
@@ -44,20 +44,13 @@ impl Vms {
                 vm_start::start(&self.program, &self.place(vm), vm, definition)
             }
             Step::StopVm { vm, mark, how } => stop(&self.place(vm), vm, mark, *how),
-            Step::ResizeDisk { vm, mark, disk, capacity_bytes } => {
-                let verb = Verb::ResizeDisk { disk: disk.clone(), capacity_bytes: *capacity_bytes };
-                let what = || format!("grow the disk {disk} of the VM {vm} to {capacity_bytes} bytes");
-                let control = self.control(vm, mark, &what)?;
-                control.command(&verb).map_err(|error| StepError::failed(what(), chain(&error)))
-            }
-            Step::ReplaceTap { vm, mark, nic, tap } => self.replace_tap(vm, mark, nic, tap),
             Step::HoldVm { vm, mark, held } => {
                 let verb = if *held { "hold" } else { "release" };
                 let what = || format!("{verb} the VM {vm}");
                 require_definition(&self.place(vm), mark, &what)?;
                 self.place(vm).set_held(*held).map_err(|error| StepError::failed(what(), error))
             }
-            other => Err(StepError::failed(format!("run {other:?}"), "it is not about a VM")),
+            other => self.run_live(other),
         }
     }
 
@@ -71,23 +64,13 @@ impl Vms {
         }
     }
 
-    fn replace_tap(&self, vm: &ObjectName, mark: &Mark, nic: &str, tap: &LinkName) -> Result<(), StepError> {
-        let what = || format!("give the NIC {nic} of the VM {vm} the tap {tap}");
-        let control = self.control(vm, mark, &what)?;
-        let fd = vm_start::open_tap(tap, mark, &what)?;
-        let verb = Verb::ReplaceTap { nic: nic.to_owned() };
-        let response = control.request_with_fd(&verb, std::os::fd::AsFd::as_fd(&fd));
-        match response.map_err(|error| StepError::failed(what(), chain(&error)))? {
-            Response::Done => Ok(()),
-            Response::Error { message } => Err(StepError::failed(what(), message)),
-            Response::State(_) | Response::Metrics(_) => {
-                Err(StepError::failed(what(), "the VM process gave the wrong answer"))
-            }
-        }
-    }
-
     /// A connection to a VM of ours that runs.
-    fn control(&self, vm: &ObjectName, mark: &Mark, what: &dyn Fn() -> String) -> Result<Control, StepError> {
+    pub(super) fn control(
+        &self,
+        vm: &ObjectName,
+        mark: &Mark,
+        what: &dyn Fn() -> String,
+    ) -> Result<Control, StepError> {
         let place = self.place(vm);
         require_definition(&place, mark, what)?;
         let failed = |error: &dyn ToString| StepError::failed(what(), error.to_string());
@@ -194,6 +177,8 @@ fn require_marks(
 fn end(directory: &SocketDirectory, process: &HeldProcess, how: StopHow) -> Result<bool, LookError> {
     if let StopHow::Graceful { timeout_ms } = how {
         let deadline = Instant::now() + Duration::from_millis(timeout_ms);
+        // A guest that is paused hears nothing.
+        let _ = command(directory, &Verb::Resume);
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {

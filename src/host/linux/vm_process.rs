@@ -134,6 +134,7 @@ fn process_facts(pid: i32, state: VmState) -> VmProcess {
         reboots: state.reboots,
         config: state.config,
         disk_capacity_bytes: state.disk_capacity_bytes,
+        conditions: state.conditions,
     }
 }
 

@@ -20,7 +20,7 @@ use crate::host::error::StepError;
 use crate::host::snapshot::{Capability, VmDefinition};
 use crate::name::{LinkName, Mark, ObjectName};
 use crate::vmm::client;
-use crate::vmm::config::{BootConfig, VmConfig};
+use crate::vmm::config::{BootConfig, DiskConfig, VmConfig};
 use crate::vmm::protocol::{FdRole, Launch, VERSION};
 
 /// VM processes run as users from here to 0x7fff_ffff. No distribution gives these out (systemd leaves
@@ -138,13 +138,19 @@ fn open_files(
     }
     for disk in &config.disks {
         roles.push(FdRole::Disk { name: disk.name.clone() });
-        fds.push(open_disk(&disk.path, disk.read_only, what)?);
-        for (depth, backing) in disk.backing.iter().enumerate() {
-            roles.push(FdRole::Backing { disk: disk.name.clone(), depth });
-            fds.push(open_disk(&backing.path, true, what)?);
-        }
+        roles.extend((0..disk.backing.len()).map(|depth| FdRole::Backing { disk: disk.name.clone(), depth }));
+        fds.extend(open_disk(disk, what)?);
     }
     Ok((roles, fds))
+}
+
+/// A disk's image, then its backing chain, each locked.
+pub fn open_disk(disk: &DiskConfig, what: &dyn Fn() -> String) -> Result<Vec<OwnedFd>, StepError> {
+    let mut fds = vec![open_image(&disk.path, disk.read_only, what)?];
+    for backing in &disk.backing {
+        fds.push(open_image(&backing.path, true, what)?);
+    }
+    Ok(fds)
 }
 
 fn open_kvm(what: &dyn Fn() -> String) -> Result<OwnedFd, StepError> {
@@ -170,7 +176,7 @@ fn open_boot_file(path: &str, which: &str, what: &dyn Fn() -> String) -> Result<
     open().map(OwnedFd::from).map_err(failed)
 }
 
-fn open_disk(path: &str, read_only: bool, what: &dyn Fn() -> String) -> Result<OwnedFd, StepError> {
+fn open_image(path: &str, read_only: bool, what: &dyn Fn() -> String) -> Result<OwnedFd, StepError> {
     storage::open_disk(Path::new(path), read_only).map_err(|error| {
         let hint = error.hint();
         StepError::Failed { what: what(), why: error.to_string(), hint }
@@ -185,14 +191,19 @@ fn open_taps(
 ) -> Result<(), StepError> {
     for nic in &definition.config.nics {
         let tap = LinkName::parse(&nic.tap).map_err(|error| StepError::failed(what(), error))?;
-        roles.push(FdRole::Tap { nic: nic.name.clone(), pair: 0 });
-        fds.push(open_tap(&tap, &definition.mark, what)?);
+        roles.extend((0..nic.queue_pairs).map(|pair| FdRole::Tap { nic: nic.name.clone(), pair }));
+        fds.extend(open_tap(&tap, nic.queue_pairs, &definition.mark, what)?);
     }
     Ok(())
 }
 
-/// Takes hold of a tap that carries a mark of this VM.
-pub fn open_tap(tap: &LinkName, mark: &Mark, what: &dyn Fn() -> String) -> Result<OwnedFd, StepError> {
+/// Takes hold of a tap that carries a mark of this VM, once for each queue pair.
+pub fn open_tap(
+    tap: &LinkName,
+    queue_pairs: u16,
+    mark: &Mark,
+    what: &dyn Fn() -> String,
+) -> Result<Vec<OwnedFd>, StepError> {
     let failed = |error: &dyn ToString| {
         StepError::failed(what(), format!("take hold of the tap {tap}: {}", error.to_string()))
     };
@@ -206,7 +217,7 @@ pub fn open_tap(tap: &LinkName, mark: &Mark, what: &dyn Fn() -> String) -> Resul
         let why = format!("the tap {tap} carries the mark `{alias}`, not one of `{mark}`");
         return Err(StepError::NotOurs { what: what(), why });
     }
-    tap::attach(tap).map_err(|error| failed(&error))
+    tap::attach(tap, queue_pairs).map_err(|error| failed(&error))
 }
 
 #[cfg(test)]

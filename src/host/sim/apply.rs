@@ -5,22 +5,20 @@ use std::path::Path;
 
 use super::State;
 use crate::host::snapshot::{
-    Capability, ImageHeader, Link, LinkKind, Pool, PoolDirectory, PoolFile, PortFacts, Vm, VmDefinition,
-    VmProcess,
+    Capability, ImageHeader, Link, LinkKind, Pool, PoolDirectory, PoolFile, PortFacts, VlanFlags,
 };
 use crate::host::step::{ImageFile, LinkChange, NewLink, NewLinkKind, NewVolume, NewVolumeContent};
 use crate::host::{Step, StepError};
-use crate::name::{LinkName, Mark, ObjectName};
+use crate::name::{LinkName, Mark, ObjectName, VlanId};
 use crate::vmm::config::DiskFormat;
-use crate::vmm::protocol::Phase;
 
-type Done = Result<(), StepError>;
+pub(super) type Done = Result<(), StepError>;
 
-fn failed<T>(what: impl ToString, why: impl ToString) -> Result<T, StepError> {
+pub(super) fn failed<T>(what: impl ToString, why: impl ToString) -> Result<T, StepError> {
     Err(StepError::failed(what.to_string(), why))
 }
 
-fn not_ours<T>(what: impl ToString, why: impl ToString) -> Result<T, StepError> {
+pub(super) fn not_ours<T>(what: impl ToString, why: impl ToString) -> Result<T, StepError> {
     Err(StepError::NotOurs { what: what.to_string(), why: why.to_string() })
 }
 
@@ -55,13 +53,19 @@ impl State {
             }
             Step::SetLink { link, change } => self.set_link(link, change),
             Step::AddAddress { link, address } => {
-                self.link(link)?.addresses.insert(*address);
+                let have = self.link(link)?;
+                if have.mark().is_none() {
+                    return not_ours(step, "it carries no mark");
+                }
+                have.addresses.insert(*address);
                 Ok(())
             }
             Step::RemoveAddress { link, address } => {
-                if let Ok(have) = self.link(link) {
-                    have.addresses.remove(address);
+                let Ok(have) = self.link(link) else { return Ok(()) };
+                if have.mark().is_none() {
+                    return not_ours(step, "it carries no mark");
                 }
+                have.addresses.remove(address);
                 Ok(())
             }
             Step::CreatePool { name, path, mark } => self.create_pool(name, path, mark),
@@ -135,47 +139,7 @@ impl State {
                 }
                 Ok(())
             }
-            Step::DefineVm { vm, definition } => {
-                self.check_vm(vm, &definition.mark)?;
-                self.vm(vm)?.definition = Some((**definition).clone());
-                Ok(())
-            }
-            Step::UndefineVm { vm, mark } => {
-                self.check_vm(vm, mark)?;
-                if self.vms()?.get(vm).is_some_and(|have| have.process.is_some()) {
-                    return failed(step, "it runs");
-                }
-                self.vms()?.remove(vm);
-                Ok(())
-            }
-            Step::StartVm { vm, definition } => self.start_vm(vm, definition),
-            Step::StopVm { vm, mark, .. } => {
-                self.check_vm(vm, mark)?;
-                if let Some(have) = self.vms()?.get_mut(vm) {
-                    have.process = None;
-                    have.exit = None;
-                }
-                Ok(())
-            }
-            Step::ResizeDisk { vm, mark, disk, capacity_bytes } => {
-                self.resize_disk(vm, mark, disk, *capacity_bytes)
-            }
-            Step::ReplaceTap { vm, mark, tap, .. } => {
-                self.check_vm(vm, mark)?;
-                self.link(tap)?;
-                if self.vm(vm)?.process.is_none() {
-                    return failed(step, "it doesn't run");
-                }
-                Ok(())
-            }
-            Step::HoldVm { vm, mark, held } => {
-                self.check_vm(vm, mark)?;
-                if self.vms()?.get(vm).is_none_or(|have| have.definition.is_none()) {
-                    return not_ours(step, "it is not defined here");
-                }
-                self.vm(vm)?.held = *held;
-                Ok(())
-            }
+            other => self.apply_to_vm(other),
         }
     }
 
@@ -186,7 +150,7 @@ impl State {
         }
     }
 
-    fn link(&mut self, name: &LinkName) -> Result<&mut Link, StepError> {
+    pub(super) fn link(&mut self, name: &LinkName) -> Result<&mut Link, StepError> {
         match self.links()?.get_mut(name) {
             Some(link) => Ok(link),
             None => failed(name, "no such device"),
@@ -198,7 +162,7 @@ impl State {
         let needs = match &new.kind {
             NewLinkKind::Bridge(_) => Capability::Bridge,
             NewLinkKind::Vlan { .. } => Capability::Vlan,
-            NewLinkKind::Tap => Capability::Tun,
+            NewLinkKind::Tap { .. } => Capability::Tun,
         };
         if self.lacks.contains(&needs) {
             return Err(StepError::Lacks { what, capability: needs });
@@ -221,7 +185,7 @@ impl State {
                 }
                 (LinkKind::Vlan { id: *id, protocol: *protocol }, Some(parent.clone()))
             }
-            NewLinkKind::Tap => (LinkKind::Tap, None),
+            NewLinkKind::Tap { multi_queue } => (LinkKind::Tap { multi_queue: *multi_queue }, None),
         };
         let port = new.master.as_ref().map(|_| new.port.clone().unwrap_or_else(fresh_port));
         let link = Link {
@@ -266,8 +230,13 @@ impl State {
     }
 
     fn set_link(&mut self, name: &LinkName, change: &LinkChange) -> Done {
-        if let LinkChange::Master(Some(master)) = change {
-            self.link(master)?;
+        let mut port = fresh_port();
+        if let LinkChange::Master(Some(master)) = change
+            && let LinkKind::Bridge(bridge) = &self.link(master)?.kind
+            && bridge.vlan_filtering
+        {
+            let id = VlanId::new(bridge.default_pvid.into()).ok();
+            port.vlans = id.map(|id| (id, VlanFlags { pvid: true, untagged: true })).into_iter().collect();
         }
         let link = self.link(name)?;
         if link.mark().is_none() {
@@ -277,7 +246,7 @@ impl State {
             LinkChange::Mtu(mtu) => link.mtu = *mtu,
             LinkChange::Up(up) => link.up = *up,
             LinkChange::Master(master) => {
-                link.port = master.as_ref().map(|_| fresh_port());
+                link.port = master.as_ref().map(|_| port);
                 link.master = master.clone();
             }
             LinkChange::MacAddress(mac) => link.mac_address = Some(*mac),
@@ -309,7 +278,7 @@ impl State {
         self.world.pools.values_mut().flatten().find(|pool| pool.path == path)
     }
 
-    fn directory(&mut self, path: &Path) -> Result<&mut PoolDirectory, StepError> {
+    pub(super) fn directory(&mut self, path: &Path) -> Result<&mut PoolDirectory, StepError> {
         match self.pool(path).and_then(|pool| pool.directory.as_mut()) {
             Some(directory) => Ok(directory),
             None => failed(path.display(), "no such directory"),
@@ -403,101 +372,9 @@ impl State {
         directory.files.insert(new.file.clone(), file);
         Ok(())
     }
-
-    fn vms(&mut self) -> Result<&mut BTreeMap<ObjectName, Vm>, StepError> {
-        match &mut self.world.vms {
-            Ok(vms) => Ok(vms),
-            Err(error) => failed("VMs", error),
-        }
-    }
-
-    fn vm(&mut self, name: &ObjectName) -> Result<&mut Vm, StepError> {
-        Ok(self.vms()?.entry(name.clone()).or_default())
-    }
-
-    fn check_vm(&mut self, name: &ObjectName, mark: &Mark) -> Done {
-        match self.vms()?.get(name).and_then(|vm| vm.definition.as_ref()) {
-            Some(definition) if definition.mark != *mark => not_ours(name, "the VM carries another mark"),
-            _ => Ok(()),
-        }
-    }
-
-    fn start_vm(&mut self, name: &ObjectName, definition: &VmDefinition) -> Done {
-        self.check_vm(name, &definition.mark)?;
-        if self.lacks.contains(&Capability::Kvm) {
-            return Err(StepError::Lacks { what: format!("start VM {name}"), capability: Capability::Kvm });
-        }
-        let mut disk_capacity_bytes = Vec::new();
-        for disk in &definition.config.disks {
-            let path = Path::new(&disk.path);
-            let (Some(pool), Some(file)) = (path.parent(), path.file_name().and_then(|file| file.to_str()))
-            else {
-                return failed(&disk.path, "no such file");
-            };
-            let in_use = self.vms()?.iter().any(|(other, vm)| {
-                let process = vm.process.as_ref().and_then(|process| process.as_ref().ok());
-                other != name
-                    && process
-                        .is_some_and(|process| process.config.disks.iter().any(|used| used.path == disk.path))
-            });
-            if in_use {
-                return failed(&disk.path, "locked by another VM");
-            }
-            let Some(have) = self.directory(pool)?.files.get(file) else {
-                return failed(&disk.path, "no such file");
-            };
-            disk_capacity_bytes.push(have.header.virtual_size_bytes);
-        }
-        for nic in &definition.config.nics {
-            match LinkName::parse(&nic.tap) {
-                Ok(tap) => self.link(&tap)?,
-                Err(error) => return failed(&nic.tap, error),
-            };
-        }
-        self.next_pid += 1;
-        let pid = self.next_pid;
-        let vm = self.vm(name)?;
-        match &vm.process {
-            Some(Ok(process)) if process.config == definition.config => return Ok(()),
-            Some(_) => {
-                return failed(format!("start VM {name}"), "it runs already, with another configuration");
-            }
-            None => {}
-        }
-        vm.process = Some(Ok(VmProcess {
-            pid,
-            phase: Phase::Running,
-            uptime_ms: 0,
-            reboots: 0,
-            config: definition.config.clone(),
-            disk_capacity_bytes,
-        }));
-        vm.exit = None;
-        Ok(())
-    }
-
-    fn resize_disk(&mut self, vm: &ObjectName, mark: &Mark, disk: &str, capacity_bytes: u64) -> Done {
-        self.check_vm(vm, mark)?;
-        let what = format!("grow {disk} of VM {vm}");
-        let Some(Ok(process)) = &mut self.vm(vm)?.process else { return failed(what, "it doesn't run") };
-        let Some(place) = process.config.disks.iter().position(|have| have.name == disk) else {
-            return failed(what, "no such disk");
-        };
-        process.disk_capacity_bytes[place] = capacity_bytes;
-        let path = process.config.disks[place].path.clone();
-        let path = Path::new(&path);
-        let (Some(pool), Some(file)) = (path.parent(), path.file_name().and_then(|file| file.to_str()))
-        else {
-            return failed(what, "no such file");
-        };
-        match self.directory(pool)?.files.get_mut(file) {
-            Some(have) => grow(have, capacity_bytes),
-            None => failed(what, "no such file"),
-        }
-    }
 }
 
-fn grow(file: &mut PoolFile, capacity_bytes: u64) -> Done {
+pub(super) fn grow(file: &mut PoolFile, capacity_bytes: u64) -> Done {
     if file.header.virtual_size_bytes > capacity_bytes {
         return failed("grow", "a volume never shrinks");
     }

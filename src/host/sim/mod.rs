@@ -2,6 +2,7 @@
 //! suite holds it to them) and can fail, crash or be edited by others at any step.
 
 mod apply;
+mod vms;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -21,6 +22,10 @@ pub struct Faults {
     pub crash_before: Option<usize>,
     /// After this step took effect the process dies: its success is never heard of.
     pub crash_after: Option<usize>,
+    /// At this step the process of the VM that it is about dies, and the step fails.
+    pub vm_dies_at: Option<usize>,
+    /// No guest lets go of a device.
+    pub guests_refuse: bool,
     /// Looking at links fails.
     pub links_unseen: bool,
     /// Looking at VMs fails.
@@ -158,6 +163,12 @@ impl State {
         }
         if dead(self.faults.crash_before) || self.faults.crash_after.is_some_and(|at| number > at) {
             return Err(StepError::failed(step.to_string(), "simulated crash"));
+        }
+        if self.faults.vm_dies_at == Some(number)
+            && let Some(vm) = step.vm()
+        {
+            self.kill_vm(vm);
+            return Err(StepError::failed(step.to_string(), "its process died (simulated)"));
         }
         self.apply(step)?;
         self.log.push(step.clone());

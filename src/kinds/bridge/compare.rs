@@ -129,7 +129,7 @@ fn describe_kind(kind: &LinkKind) -> String {
     match kind {
         LinkKind::Bridge(_) => "bridge".into(),
         LinkKind::Vlan { .. } => "VLAN device".into(),
-        LinkKind::Tap => "tap".into(),
+        LinkKind::Tap { .. } => "tap".into(),
         LinkKind::Other(kind) if kind.is_empty() => "device".into(),
         LinkKind::Other(kind) => format!("{kind} device"),
     }

@@ -1,15 +1,18 @@
 //! VirtualMachine: differences to steps. What a running guest would notice is staged unless allowed.
 
-use super::VirtualMachine;
-use super::definition::{define, tap_mac};
+use std::collections::BTreeMap;
+
+use super::changes::Changes;
+use super::definition::define;
+use super::{Boot, VirtualMachine};
 use crate::host::Step;
-use crate::host::snapshot::{Capability, Link, LinkKind, RunStrategy, Vm, VmDefinition, VmProcess};
-use crate::host::step::{NewLink, NewLinkKind, StopHow};
+use crate::host::snapshot::{Capability, CpuShare, LinkKind, RunStrategy, Vm, VmDefinition, VmProcess};
+use crate::host::step::StopHow;
 use crate::kinds::Context;
 use crate::kinds::action::{Action, Blocker, FieldChange, Impact, Verb};
 use crate::kinds::links;
-use crate::name::{ByteSize, LinkName, Mark, ObjectId};
-use crate::vmm::config::{BootConfig, KernelBoot, NicConfig, VmConfig};
+use crate::name::{LinkName, Mark, ObjectId};
+use crate::vmm::config::VmConfig;
 use crate::vmm::protocol::ExitReason;
 
 /// How long a guest has to shut down where nothing was declared, in milliseconds.
@@ -42,7 +45,7 @@ pub fn compare(id: &ObjectId, want: &VirtualMachine, context: &Context) -> Actio
         Err(blocker) => return action.blocked(blocker),
     };
     let changes =
-        process.map(|process| config_changes(&process.config, &definition.config)).unwrap_or_default();
+        process.map(|process| Changes::between(&process.config, &definition.config)).unwrap_or_default();
     let compare = Compare { action, id, want, have, process, definition, changes, mark, context };
     compare.run()
 }
@@ -80,20 +83,20 @@ fn should_run(strategy: RunStrategy, vm: &Vm, runs: bool) -> bool {
     }
 }
 
-struct Compare<'a> {
-    action: Action,
-    id: &'a ObjectId,
+pub(super) struct Compare<'a> {
+    pub action: Action,
+    pub id: &'a ObjectId,
     want: &'a VirtualMachine,
     have: &'a Vm,
     process: Option<&'a VmProcess>,
-    definition: VmDefinition,
+    pub definition: VmDefinition,
     /// Between what runs and what is declared.
-    changes: Vec<FieldChange>,
-    mark: Mark,
-    context: &'a Context<'a>,
+    changes: Changes,
+    pub mark: Mark,
+    pub context: &'a Context<'a>,
 }
 
-impl Compare<'_> {
+impl<'a> Compare<'a> {
     fn run(mut self) -> Action {
         let should_run = should_run(self.want.run_strategy, self.have, self.process.is_some());
         if self.have.held && self.want.run_strategy != RunStrategy::Halted {
@@ -103,7 +106,7 @@ impl Compare<'_> {
         match (self.process, should_run) {
             (None, true) => self.start(),
             (None, false) => self.stay_down(),
-            (Some(_), true) => self.keep_running(),
+            (Some(process), true) => self.keep_running(process),
             (Some(process), false) => self.stop(process),
         }
         self.action.finish()
@@ -126,7 +129,8 @@ impl Compare<'_> {
             self.action.differs("status.phase", Some("Stopped".into()), Some("Running".into()), Impact::Live);
             self.action.verb(Verb::Update, because);
         }
-        self.taps(is_new);
+        self.cpu_share();
+        self.prepare_taps();
         self.define_step();
         self.start_step();
     }
@@ -150,60 +154,76 @@ impl Compare<'_> {
         self.remove_taps(|_| true);
     }
 
-    fn keep_running(&mut self) {
-        if self.changes.is_empty() {
-            self.taps(false);
-            if self.definition_differs() {
-                self.define_differences();
-                self.define_step();
-            }
-            return;
-        }
-        if self.want.restart_allowed {
-            if let Err(blocker) = self.check_startable() {
-                self.action.block(blocker);
-                return;
-            }
-            for change in std::mem::take(&mut self.changes) {
-                self.action.changes.push(FieldChange { impact: Impact::Restart, ..change });
-            }
-            self.action.verb(Verb::Restart, "the guest must restart for this, and restartPolicy allows it");
-            self.stop_step();
-            self.taps(false);
-            self.define_step();
-            self.start_step();
+    fn keep_running(&mut self, process: &VmProcess) {
+        let changes = std::mem::take(&mut self.changes);
+        if !changes.staged.is_empty() && self.want.restart_allowed {
+            self.restart(changes);
         } else {
-            let staged = self.definition_differs();
-            for change in std::mem::take(&mut self.changes) {
-                let to = change.to.as_deref().unwrap_or("none");
-                if staged {
-                    self.action.changes.push(FieldChange { impact: Impact::Staged, ..change });
-                } else {
-                    self.action.note(format!("{} {to} takes effect at the next start", change.field));
-                }
-            }
-            self.taps(false);
-            if staged {
-                self.define_differences();
-                self.action.verb(Verb::Update, "staged: restartPolicy is Never");
-                self.define_step();
-            }
+            self.conditions(process);
+            self.change_live(process, changes);
         }
     }
 
-    fn definition_differs(&self) -> bool {
+    fn restart(&mut self, changes: Changes) {
+        if let Err(blocker) = self.check_startable() {
+            self.action.block(blocker);
+            return;
+        }
+        for change in changes.into_shown() {
+            self.action.changes.push(FieldChange { impact: Impact::Restart, ..change });
+        }
+        self.action.verb(Verb::Restart, "the guest must restart for this, and restartPolicy allows it");
+        self.cpu_share();
+        self.stop_step();
+        self.prepare_taps();
+        self.define_step();
+        self.start_step();
+    }
+
+    /// The part of the host's CPUs, which the definition remembers.
+    pub(super) fn cpu_share(&mut self) {
+        let Some(stored) = self.have.definition.as_ref().map(|definition| definition.cpu_share) else {
+            return;
+        };
+        let want = self.definition.cpu_share;
+        if stored == want {
+            return;
+        }
+        let weight = |share: CpuShare| Some(share.weight.to_string());
+        let quota = |share: CpuShare| share.quota_percent.map(|percent| percent.to_string());
+        for (field, from, to) in
+            [("cpu.weight", weight(stored), weight(want)), ("cpu.quotaPercent", quota(stored), quota(want))]
+        {
+            if from != to {
+                self.action.differs(field, from, to, Impact::Live);
+            }
+        }
+        if self.process.is_some() {
+            let (vm, mark) = (self.id.name.clone(), self.mark.clone());
+            self.action.step(Step::SetCpuShare { vm, mark, share: want });
+        }
+    }
+
+    pub(super) fn definition_differs(&self) -> bool {
         self.have.definition.as_ref() != Some(&self.definition)
     }
 
     /// Differences between the stored definition and the declared one that are not shown yet.
-    fn define_differences(&mut self) {
+    pub(super) fn define_differences(&mut self) {
         let Some(stored) = &self.have.definition else {
             if self.process.is_some() {
                 self.action.differs("definition", None, Some("stored".into()), Impact::Live);
             }
             return;
         };
-        let mut changes = config_changes(&stored.config, &self.definition.config);
+        let shown = Changes::between(&stored.config, &self.definition.config).into_shown();
+        // What a running guest is short of has been shown: the rest it has already.
+        let runs = self.process.is_some();
+        let settle = |change: FieldChange| FieldChange {
+            impact: if runs { Impact::Live } else { Impact::Staged },
+            ..change
+        };
+        let mut changes: Vec<FieldChange> = shown.map(settle).collect();
         if stored.run_strategy != self.definition.run_strategy {
             changes.push(FieldChange {
                 field: "runStrategy".into(),
@@ -216,15 +236,20 @@ impl Compare<'_> {
             let place = stored.config.nics.iter().position(|stored| stored.name == nic.name);
             let from = place.and_then(|place| stored.bridges.get(place));
             let to = self.definition.bridges.get(index);
+            let mut differs = |field: &str, from: String, to: String| {
+                let field = format!("interfaces[{}].{field}", nic.name);
+                changes.push(FieldChange { field, from: Some(from), to: Some(to), impact: Impact::Live });
+            };
             if let (Some(from), Some(to)) = (from, to)
                 && from != to
             {
-                changes.push(FieldChange {
-                    field: format!("interfaces[{}].bridge", nic.name),
-                    from: Some(from.to_string()),
-                    to: Some(to.to_string()),
-                    impact: Impact::Live,
-                });
+                differs("bridge", from.to_string(), to.to_string());
+            }
+            let none = BTreeMap::new();
+            let from = place.and_then(|place| stored.vlans.get(place)).unwrap_or(&none);
+            let to = self.definition.vlans.get(index).unwrap_or(&none);
+            if place.is_some() && from != to {
+                differs("vlan", links::describe_vlans(from), links::describe_vlans(to));
             }
         }
         for change in changes {
@@ -234,7 +259,28 @@ impl Compare<'_> {
         }
     }
 
+    /// Another set's VM may have the context id: the sets don't know of one another.
+    fn check_context_id(&self) -> Result<(), Blocker> {
+        let Some(vsock) = self.definition.config.vsock else { return Ok(()) };
+        let has_it = |config: &VmConfig| config.vsock.is_some_and(|there| there.cid == vsock.cid);
+        let mut others =
+            self.context.snapshot.vms.iter().flatten().filter(|(name, _)| **name != self.id.name);
+        let taken = others.find(|(_, vm)| {
+            let running = vm.process.as_ref().and_then(|process| process.as_ref().ok());
+            running.is_some_and(|process| has_it(&process.config))
+        });
+        match taken {
+            Some((name, _)) => Err(Blocker::new(format!(
+                "vsock.cid: the context id {} is that of the running VM {name}",
+                vsock.cid
+            ))
+            .hint("declare another `vsock.cid`")),
+            None => Ok(()),
+        }
+    }
+
     fn check_startable(&self) -> Result<(), Blocker> {
+        self.check_context_id()?;
         let snapshot = self.context.snapshot;
         for capability in [Capability::Kvm, Capability::Tun] {
             let needed = capability == Capability::Kvm || !self.want.interfaces.is_empty();
@@ -242,9 +288,9 @@ impl Compare<'_> {
                 return Err(Blocker::lacks(capability, how));
             }
         }
-        let boot = &self.want.boot;
-        for (field, path) in std::iter::once(("boot.kernel", &boot.kernel))
-            .chain(boot.initrd.iter().map(|path| ("boot.initrd", path)))
+        let Boot::Kernel { kernel, initrd, .. } = &self.want.boot else { return Ok(()) };
+        for (field, path) in
+            std::iter::once(("boot.kernel", kernel)).chain(initrd.iter().map(|path| ("boot.initrd", path)))
         {
             match snapshot.files.get(path) {
                 Some(Ok(_)) => {}
@@ -258,7 +304,7 @@ impl Compare<'_> {
         Ok(())
     }
 
-    fn define_step(&mut self) {
+    pub(super) fn define_step(&mut self) {
         if self.definition_differs() {
             let definition = Box::new(self.definition.clone());
             self.action.step(Step::DefineVm { vm: self.id.name.clone(), definition });
@@ -276,90 +322,11 @@ impl Compare<'_> {
         self.action.step(Step::StopVm { vm: self.id.name.clone(), mark: self.mark.clone(), how });
     }
 
-    /// Makes the taps what they should be, and removes those that nothing uses.
-    fn taps(&mut self, is_new: bool) {
-        let links = match &self.context.snapshot.links {
-            Ok(links) => links,
-            Err(error) => {
-                self.action.steps.clear();
-                self.action.block(Blocker::unseen(error));
-                return;
-            }
-        };
-        // A running guest keeps the NICs that it runs with until it restarts.
-        let restarts = self.action.verb == Verb::Restart;
-        let running: Vec<NicConfig> = match self.process {
-            Some(process) if !restarts => process.config.nics.clone(),
-            _ => self.definition.config.nics.clone(),
-        };
-        for nic in &running {
-            let place = self.definition.config.nics.iter().position(|declared| declared.name == nic.name);
-            let Some(bridge) = place.and_then(|place| self.definition.bridges.get(place).cloned()) else {
-                continue;
-            };
-            let Ok(tap) = LinkName::parse(&nic.tap) else { continue };
-            self.tap(nic, &tap, &bridge, links.get(&tap), is_new);
-        }
-        let used: Vec<String> = running.into_iter().map(|nic| nic.tap).collect();
-        self.remove_taps(|tap| !used.iter().any(|used| used == tap.as_str()));
-    }
-
-    fn tap(&mut self, nic: &NicConfig, tap: &LinkName, bridge: &LinkName, have: Option<&Link>, is_new: bool) {
-        let mark = Mark::part(self.mark.set.clone(), self.id.clone(), nic.name.clone());
-        let field = format!("interfaces[{}]", nic.name);
-        let Some(have) = have else {
-            let mac = nic.mac_address.parse().ok().map(tap_mac);
-            if !is_new && self.process.is_some() {
-                self.action.differs(format!("{field}.tap"), None, Some(tap.to_string()), Impact::Live);
-            }
-            self.action.step(Step::CreateLink(NewLink {
-                name: tap.clone(),
-                mark,
-                kind: NewLinkKind::Tap,
-                mtu: Some(nic.mtu.into()),
-                mac_address: mac,
-                master: Some(bridge.clone()),
-                port: None,
-                up: true,
-            }));
-            if self.process.is_some() && self.action.verb != Verb::Restart {
-                self.action.step(Step::ReplaceTap {
-                    vm: self.id.name.clone(),
-                    mark: self.mark.clone(),
-                    nic: nic.name.clone(),
-                    tap: tap.clone(),
-                });
-            }
-            return;
-        };
-        if have.mark().as_ref() != Some(&mark) || have.kind != LinkKind::Tap {
-            self.action.block(
-                Blocker::new(format!("the link {tap} exists and is not this VM's tap"))
-                    .hint(format!("remove or rename it (`ip link set {tap} name …`)")),
-            );
-            return;
-        }
-        links::compare_master(
-            &mut self.action,
-            &format!("{field}.bridge"),
-            tap,
-            have.master.as_ref(),
-            Some(bridge),
-        );
-        if have.mtu != u32::from(nic.mtu) || !have.up {
-            let before = self.action.changes.len();
-            links::compare_mtu_and_up(&mut self.action, tap, have, nic.mtu.into());
-            for change in &mut self.action.changes[before..] {
-                change.field = format!("{field}.{}", change.field);
-            }
-        }
-    }
-
     /// Taps of this VM for which `unused` holds.
-    fn remove_taps(&mut self, unused: impl Fn(&LinkName) -> bool) {
+    pub(super) fn remove_taps(&mut self, unused: impl Fn(&LinkName) -> bool) {
         let context = self.context;
         for (name, link, mark) in context.links_of(self.id) {
-            if link.kind == LinkKind::Tap && unused(name) {
+            if matches!(link.kind, LinkKind::Tap { .. }) && unused(name) {
                 if !self.action.changes.iter().any(|change| change.field == "status.phase")
                     && self.action.verb != Verb::Restart
                 {
@@ -369,69 +336,4 @@ impl Compare<'_> {
             }
         }
     }
-}
-
-/// What differs between two configurations, in the manifest's words. All of it needs a restart.
-fn config_changes(have: &VmConfig, want: &VmConfig) -> Vec<FieldChange> {
-    let mut changes = Vec::new();
-    let mut differs = |field: String, from: Option<String>, to: Option<String>| {
-        if from != to {
-            changes.push(FieldChange { field, from, to, impact: Impact::Staged });
-        }
-    };
-    differs("cpus".into(), Some(have.vcpus.to_string()), Some(want.vcpus.to_string()));
-    differs(
-        "memory".into(),
-        Some(ByteSize(have.memory_bytes).to_string()),
-        Some(ByteSize(want.memory_bytes).to_string()),
-    );
-    let kernel = |config: &VmConfig| match &config.boot {
-        BootConfig::Kernel(boot) => Some(boot.clone()),
-        BootConfig::Disk(_) => None,
-    };
-    let (from, to) = (kernel(have), kernel(want));
-    let of = |field: fn(&KernelBoot) -> Option<String>| {
-        (from.as_ref().and_then(field), to.as_ref().and_then(field))
-    };
-    for (name, (from, to)) in [
-        ("boot.kernel", of(|boot| Some(boot.kernel_path.clone()))),
-        ("boot.initrd", of(|boot| boot.initrd_path.clone())),
-        ("boot.cmdline", of(|boot| Some(boot.cmdline.clone()))),
-    ] {
-        differs(name.into(), from, to);
-    }
-    let disk = |config: &VmConfig, name: &str| {
-        let disk = config.disks.iter().find(|disk| disk.name == name)?;
-        Some(format!("{}{}", disk.path, if disk.read_only { " (read-only)" } else { "" }))
-    };
-    let mut disks: Vec<&str> = have.disks.iter().chain(&want.disks).map(|disk| disk.name.as_str()).collect();
-    disks.sort_unstable();
-    disks.dedup();
-    for name in disks {
-        differs(format!("disks[{name}]"), disk(have, name), disk(want, name));
-    }
-    let nic = |config: &VmConfig, name: &str| {
-        let nic = config.nics.iter().find(|nic| nic.name == name)?;
-        Some(format!("{} mtu {}", nic.mac_address, nic.mtu))
-    };
-    let mut nics: Vec<&str> = have.nics.iter().chain(&want.nics).map(|nic| nic.name.as_str()).collect();
-    nics.sort_unstable();
-    nics.dedup();
-    for name in nics {
-        differs(format!("interfaces[{name}]"), nic(have, name), nic(want, name));
-    }
-    let order = |config: &VmConfig| -> Vec<String> {
-        let disks = config.disks.iter().map(|disk| disk.name.clone());
-        disks.chain(config.nics.iter().map(|nic| nic.name.clone())).collect()
-    };
-    let (from, to) = (order(have), order(want));
-    if changes.is_empty() && from != to {
-        changes.push(FieldChange {
-            field: "devices".into(),
-            from: Some(from.join(", ")),
-            to: Some(to.join(", ")),
-            impact: Impact::Staged,
-        });
-    }
-    changes
 }

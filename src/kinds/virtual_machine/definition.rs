@@ -1,16 +1,18 @@
 //! From a declared VM to what a VM process is given: every name settled, every path known.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::VirtualMachine;
-use crate::host::snapshot::VmDefinition;
+use super::{Boot, Interface, VirtualMachine};
+use crate::host::snapshot::{VlanFlags, VmDefinition};
 use crate::kinds::action::Blocker;
+use crate::kinds::bridge::Bridge;
 use crate::kinds::storage_pool::compare::resolve;
 use crate::kinds::volume::Content;
 use crate::kinds::{Context, volume::Volume};
-use crate::name::{LinkName, MacAddress, Mark, ObjectName, SetName};
+use crate::name::{LinkName, MacAddress, Mark, ObjectName, SetName, VlanId};
 use crate::vmm::config::{
-    BackingConfig, BootConfig, DiskConfig, DiskFormat, MachineKind, NicConfig, VmConfig,
+    BackingConfig, BootConfig, DiskConfig, DiskFormat, NicConfig, VmConfig, VsockConfig,
 };
 
 /// FNV-1a: stable for all time, which the names and addresses made from it must be.
@@ -46,13 +48,24 @@ pub fn tap_name(vm: &ObjectName, nic: &str) -> LinkName {
     }
 }
 
-/// The host's end of the wire: the guest's address with a high first byte, so that a bridge that takes the
-/// lowest address of its ports never takes this one.
-pub fn tap_mac(guest: MacAddress) -> MacAddress {
-    let [_, rest @ ..] = guest.0;
-    let mut bytes = [0xfe; 6];
-    bytes[1..].copy_from_slice(&rest);
-    MacAddress(bytes)
+/// The context id of a vsock that declares none: far from those that people count up from 3.
+pub fn default_cid(set: &SetName, vm: &ObjectName) -> u32 {
+    const FIRST: u32 = 0x1000_0000;
+    // The mask keeps the sum far below the reserved ids at the end.
+    FIRST + (stable_hash(&[set.as_str(), vm.as_str(), "vsock"]) as u32 & 0x3fff_ffff)
+}
+
+/// What VMGenID says: the same for the same VM on every host and after every upgrade, so that no guest
+/// takes an ordinary restart for its own clone. A UUID of version 8 (made by a rule of ours).
+fn generation_id(set: &SetName, vm: &ObjectName) -> String {
+    use sha2::Digest as _;
+    let digest = sha2::Sha256::digest(format!("vmctl generation\0{set}\0{vm}"));
+    let mut bytes = [0; 16];
+    bytes.copy_from_slice(&digest[..16]);
+    bytes[6] = bytes[6] & 0x0f | 0x80;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-")
 }
 
 /// What this VM is to be, or why that can't be said.
@@ -62,33 +75,64 @@ pub fn define(
     mark: Mark,
     context: &Context,
 ) -> Result<VmDefinition, Blocker> {
-    let mut nics = Vec::new();
-    let mut bridges = Vec::new();
+    let (mut nics, mut bridges, mut vlans) = (Vec::new(), Vec::new(), Vec::new());
     for nic in &want.interfaces {
         let Some(bridge) = context.declared.bridge(&nic.bridge) else {
             return Err(Blocker::new(format!("Bridge/{} is not declared", nic.bridge)));
         };
         bridges.push(bridge.link_name(&nic.bridge).map_err(|error| Blocker::new(error.to_string()))?);
+        vlans.push(port_vlans(nic, bridge));
         let mac = nic.mac_address.unwrap_or_else(|| default_mac(&mark.set, vm, &nic.name));
         nics.push(NicConfig {
             mtu: u16::try_from(bridge.mtu).unwrap_or(u16::MAX),
+            queue_pairs: nic.queues,
+            link_up: nic.link_up,
+            receive_limits: nic.receive_limits,
+            transmit_limits: nic.transmit_limits,
             ..NicConfig::new(&nic.name, tap_name(vm, &nic.name).to_string(), mac.to_string())
         });
     }
     let disks = want.disks.iter().map(|disk| define_disk(disk, context)).collect::<Result<_, _>>()?;
-    let boot = BootConfig::kernel(
-        text(&want.boot.kernel)?,
-        want.boot.initrd.as_deref().map(text).transpose()?,
-        &want.boot.cmdline,
-    );
     let config = VmConfig {
-        machine: MachineKind::Micro,
+        machine: want.machine,
         vcpus: want.cpus,
+        cpu: want.cpu.clone(),
+        memory: want.memory_backing,
         disks,
         nics,
-        ..VmConfig::new(vm.as_str(), mark.to_string(), want.memory.0, boot)
+        balloon: want.balloon,
+        vsock: want
+            .vsock
+            .map(|vsock| VsockConfig { cid: vsock.cid.unwrap_or_else(|| default_cid(&mark.set, vm)) }),
+        entropy: want.entropy,
+        generation_id: Some(generation_id(&mark.set, vm)),
+        ..VmConfig::new(vm.as_str(), mark.to_string(), want.memory.0, define_boot(&want.boot)?)
     };
-    Ok(VmDefinition { mark, config, bridges, run_strategy: want.run_strategy })
+    let (cpu_share, run_strategy) = (want.cpu_share, want.run_strategy);
+    Ok(VmDefinition { mark, config, bridges, vlans, cpu_share, run_strategy })
+}
+
+fn define_boot(boot: &Boot) -> Result<BootConfig, Blocker> {
+    Ok(match boot {
+        Boot::Kernel { kernel, initrd, cmdline } => {
+            BootConfig::kernel(text(kernel)?, initrd.as_deref().map(text).transpose()?, cmdline)
+        }
+        Boot::Disk(disk) => BootConfig::Disk(disk.clone()),
+    })
+}
+
+/// The VLANs of a NIC's tap: of a bridge that filters, what is declared or what the bridge gives its ports.
+fn port_vlans(nic: &Interface, bridge: &Bridge) -> BTreeMap<VlanId, VlanFlags> {
+    if !bridge.settings.vlan_filtering {
+        return BTreeMap::new();
+    }
+    match &nic.vlans {
+        Some(vlans) => vlans.membership(),
+        None => VlanId::new(bridge.settings.default_pvid.into())
+            .map(|id| (id, VlanFlags { pvid: true, untagged: true }))
+            .into_iter()
+            .collect(),
+    }
 }
 
 fn define_disk(disk: &super::Disk, context: &Context) -> Result<DiskConfig, Blocker> {
@@ -109,6 +153,9 @@ fn define_disk(disk: &super::Disk, context: &Context) -> Result<DiskConfig, Bloc
     Ok(DiskConfig {
         read_only: disk.read_only,
         backing,
+        cache: disk.cache,
+        queues: disk.queues,
+        limits: disk.limits,
         ..DiskConfig::new(&disk.name, text(&volume.path(&disk.volume, pool_path))?, volume.format)
     })
 }
@@ -145,6 +192,7 @@ fn text(path: &Path) -> Result<String, Blocker> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::taps::tap_mac;
     use super::*;
 
     #[test]
@@ -155,5 +203,14 @@ mod tests {
         assert_eq!(long.as_str().len(), 15);
         assert_ne!(long, tap_name(&name("a-rather-long-name"), "net1"));
         assert_ne!(tap_mac(default_mac(&"default".parse().unwrap(), &name("vm1"), "net0")).0[0] & 2, 0);
+    }
+
+    /// A guest would notice another one: these values are for all time.
+    #[test]
+    fn what_is_made_from_names_never_changes() {
+        let (set, vm) = ("default".parse().unwrap(), ObjectName::parse("web").unwrap());
+        assert_eq!(generation_id(&set, &vm), "f34f01f3-0abd-8ba7-96a5-5bbb9ef8f7b8");
+        assert_eq!(default_cid(&set, &vm), 1006455884);
+        assert_eq!(default_mac(&set, &vm, "net0").to_string(), "52:54:00:8f:e8:85");
     }
 }

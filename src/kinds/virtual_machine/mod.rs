@@ -1,37 +1,56 @@
 //! VirtualMachine: a guest, its devices, and when it runs.
 
+pub mod changes;
 pub mod compare;
 mod definition;
+mod live;
 pub mod power;
+mod taps;
 pub mod wire;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use serde::Serialize;
 
 use super::Reference;
-use crate::host::snapshot::RunStrategy;
-use crate::name::{ByteSize, Kind, MacAddress, ObjectId, ObjectName};
+use crate::host::snapshot::{CpuShare, RunStrategy, VlanFlags};
+use crate::name::{ByteSize, Kind, MacAddress, ObjectId, ObjectName, VlanId};
+use crate::vmm::config::{
+    BalloonConfig, CacheMode, CpuConfig, DiskBoot, EntropyConfig, Limits, MachineKind, MemoryConfig,
+};
 
-pub use definition::{default_mac, tap_name};
+pub use definition::{default_cid, default_mac, tap_name};
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct VirtualMachine {
+    pub machine: MachineKind,
     pub cpus: u8,
+    pub cpu: CpuConfig,
+    pub cpu_share: CpuShare,
     pub memory: ByteSize,
+    pub memory_backing: MemoryConfig,
     pub boot: Boot,
     pub disks: Vec<Disk>,
     pub interfaces: Vec<Interface>,
+    pub balloon: Option<BalloonConfig>,
+    pub vsock: Option<Vsock>,
+    pub entropy: EntropyConfig,
     pub run_strategy: RunStrategy,
     pub restart_allowed: bool,
     pub shutdown_timeout_seconds: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Boot {
-    pub kernel: PathBuf,
-    pub initrd: Option<PathBuf>,
-    pub cmdline: String,
+#[serde(untagged)]
+pub enum Boot {
+    Kernel {
+        kernel: PathBuf,
+        initrd: Option<PathBuf>,
+        cmdline: String,
+    },
+    /// What the named disk holds.
+    Disk(DiskBoot),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -39,6 +58,9 @@ pub struct Disk {
     pub name: String,
     pub volume: ObjectName,
     pub read_only: bool,
+    pub cache: CacheMode,
+    pub queues: u16,
+    pub limits: Limits,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -47,6 +69,51 @@ pub struct Interface {
     pub bridge: ObjectName,
     /// `None`: [`default_mac`].
     pub mac_address: Option<MacAddress>,
+    /// `None`: what the bridge gives its ports. Only on a bridge that filters.
+    pub vlans: Option<Vlans>,
+    pub queues: u16,
+    pub link_up: bool,
+    pub receive_limits: Limits,
+    pub transmit_limits: Limits,
+}
+
+/// Which VLANs a guest has on its bridge.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum Vlans {
+    Access(AccessVlan),
+    Trunk(TrunkVlans),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct AccessVlan {
+    pub access: VlanId,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct TrunkVlans {
+    pub trunk: BTreeSet<VlanId>,
+    pub native: Option<VlanId>,
+}
+
+impl Vlans {
+    /// As a bridge port has them.
+    pub fn membership(&self) -> BTreeMap<VlanId, VlanFlags> {
+        let untagged = VlanFlags { pvid: true, untagged: true };
+        match self {
+            Self::Access(vlan) => [(vlan.access, untagged)].into(),
+            Self::Trunk(vlans) => {
+                let tagged = vlans.trunk.iter().map(|id| (*id, VlanFlags::default()));
+                tagged.chain(vlans.native.map(|id| (id, untagged))).collect()
+            }
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Vsock {
+    /// `None`: [`default_cid`].
+    pub cid: Option<u32>,
 }
 
 impl VirtualMachine {
@@ -60,5 +127,15 @@ impl VirtualMachine {
             pointer: format!("/interfaces/{index}/bridge"),
         });
         volumes.chain(bridges).collect()
+    }
+
+    /// Files of the host that it boots.
+    pub fn files(&self) -> Vec<PathBuf> {
+        match &self.boot {
+            Boot::Kernel { kernel, initrd, .. } => {
+                std::iter::once(kernel.clone()).chain(initrd.clone()).collect()
+            }
+            Boot::Disk(_) => Vec::new(),
+        }
     }
 }

@@ -1,14 +1,14 @@
-//! Start, stop and restart of a VM as it is defined on the host, without its manifest: what people ask for
+//! Start, stop, restart and pause of a VM as it is defined on the host, without its manifest: what people ask for
 //! by `vmctl start` and `vmctl stop`. Leaves the host as a later plan wants it, so that the plan is empty.
 
 use super::compare::{SHUTDOWN_TIMEOUT_MS, owner};
-use super::definition::tap_mac;
+use super::taps::Tap;
 use crate::host::Step;
-use crate::host::snapshot::{Link, LinkKind, RunStrategy, Snapshot, Vm, VmDefinition};
-use crate::host::step::{LinkChange, NewLink, NewLinkKind, StopHow};
+use crate::host::snapshot::{LinkKind, RunStrategy, Snapshot, Vm, VmDefinition};
+use crate::host::step::StopHow;
 use crate::kinds::action::{Action, Blocker, FieldChange, Impact, Verb};
-use crate::name::{Kind, LinkName, Mark, ObjectId, ObjectName, SetName};
-use crate::vmm::config::NicConfig;
+use crate::name::{Kind, Mark, ObjectId, ObjectName, SetName};
+use crate::vmm::protocol::Phase;
 
 /// What people ask of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,6 +16,8 @@ pub enum Power {
     Start,
     Stop(StopHow),
     Restart(StopHow),
+    Pause,
+    Resume,
 }
 
 impl Power {
@@ -51,6 +53,8 @@ pub fn power(name: &ObjectName, set: &SetName, power: Power, snapshot: &Snapshot
         Power::Start => work.start(),
         Power::Stop(how) => work.stop(how),
         Power::Restart(how) => work.restart(how),
+        Power::Pause => work.pause(true),
+        Power::Resume => work.pause(false),
     };
     action.finish()
 }
@@ -100,7 +104,7 @@ impl Work<'_> {
         if let Ok(links) = &self.snapshot.links {
             for (tap, link) in links {
                 if let Some(mark) = link.mark()
-                    && link.kind == LinkKind::Tap
+                    && matches!(link.kind, LinkKind::Tap { .. })
                     && mark.set == self.mark.set
                     && mark.owner == self.mark.owner
                 {
@@ -123,6 +127,26 @@ impl Work<'_> {
             }
             Err(blocker) => self.action.blocked(blocker),
         }
+    }
+
+    fn pause(mut self, paused: bool) -> Action {
+        let process = match &self.vm.process {
+            Some(Ok(process)) => process,
+            Some(Err(error)) => {
+                let blocker = Blocker::new(format!("its process doesn't answer: {error}"));
+                let hint = format!("`vmctl stop --force {}` ends it", self.name);
+                return self.action.blocked(blocker.hint(hint));
+            }
+            None => return self.action.blocked(Blocker::new("it does not run")),
+        };
+        let (from, to) = if paused { ("Running", "Paused") } else { ("Paused", "Running") };
+        if (process.phase == Phase::Paused) == paused {
+            self.action.summary = format!("is {} already", to.to_lowercase());
+            return self.action;
+        }
+        self.phase(from, to, Impact::Live);
+        self.action.step(Step::PauseVm { vm: self.name.clone(), mark: self.mark.clone(), paused });
+        self.action
     }
 
     /// From here on it may run.
@@ -171,47 +195,22 @@ impl Work<'_> {
 
     fn taps(&mut self, definition: &VmDefinition) -> Result<(), Blocker> {
         let links = self.snapshot.links.as_ref().map_err(Blocker::unseen)?;
-        for (nic, bridge) in definition.config.nics.iter().zip(&definition.bridges) {
-            let tap = LinkName::parse(&nic.tap).map_err(|error| Blocker::new(error.to_string()))?;
-            if !links.contains_key(bridge) {
-                return Err(Blocker::new(format!("the bridge {bridge} is not there"))
+        for nic in &definition.config.nics {
+            let Some(tap) = Tap::of(nic, definition) else {
+                return Err(Blocker::new(format!(
+                    "its definition says not where the NIC {} belongs",
+                    nic.name
+                ))
+                .hint("apply its manifest"));
+            };
+            if !links.contains_key(tap.bridge()) {
+                return Err(Blocker::new(format!("the bridge {} is not there", tap.bridge()))
                     .hint("apply the manifests that declare it"));
             }
-            self.tap(nic, tap, bridge, links)?;
-        }
-        Ok(())
-    }
-
-    fn tap(
-        &mut self,
-        nic: &NicConfig,
-        tap: LinkName,
-        bridge: &LinkName,
-        links: &std::collections::BTreeMap<LinkName, Link>,
-    ) -> Result<(), Blocker> {
-        let mark = Mark::part(self.mark.set.clone(), self.mark.owner.clone(), nic.name.clone());
-        let Some(have) = links.get(&tap) else {
-            self.action.step(Step::CreateLink(NewLink {
-                name: tap,
-                mark,
-                kind: NewLinkKind::Tap,
-                mtu: Some(nic.mtu.into()),
-                mac_address: nic.mac_address.parse().ok().map(tap_mac),
-                master: Some(bridge.clone()),
-                port: None,
-                up: true,
-            }));
-            return Ok(());
-        };
-        if have.kind != LinkKind::Tap || have.mark().as_ref() != Some(&mark) {
-            return Err(Blocker::new(format!("the link {tap} exists and is not this VM's tap")));
-        }
-        if have.master.as_ref() != Some(bridge) {
-            let change = LinkChange::Master(Some(bridge.clone()));
-            self.action.step(Step::SetLink { link: tap.clone(), change });
-        }
-        if !have.up {
-            self.action.step(Step::SetLink { link: tap, change: LinkChange::Up(true) });
+            // A person asked for a start, not for a list of what differs.
+            let shown = self.action.changes.len();
+            tap.prepare(&mut self.action, links)?;
+            self.action.changes.truncate(shown);
         }
         Ok(())
     }

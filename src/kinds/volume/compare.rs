@@ -84,6 +84,14 @@ fn absent(
         .and_then(|directory| directory.files.get(&other_file))
         .filter(|other| other.mark.as_ref() == Some(mark));
     if other.is_some() {
+        let other_path = pool_path.join(&other_file);
+        if let Some((vm, ..)) = context.running_disk(&other_path) {
+            action.block(
+                Blocker::new(format!("VirtualMachine/{vm} runs on {}", other_path.display()))
+                    .hint(format!("take the disk from {vm} first, or `vmctl stop {vm}`")),
+            );
+            return;
+        }
         let from = describe(other_format);
         let to = describe(want.format);
         action.differs("format", Some(from.into()), Some(to.into()), Impact::DataLoss);

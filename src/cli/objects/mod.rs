@@ -1,16 +1,18 @@
 //! The objects that a host has, found by their marks, with what is true of them now.
 
+mod vm;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
 use crate::host::error::ObserveError;
-use crate::host::snapshot::{Link, LinkKind, Pool, PoolFile, RunStrategy, Snapshot, VlanProtocol, Vm};
+use crate::host::snapshot::{Link, LinkKind, Pool, PoolFile, Snapshot, VlanProtocol};
 use crate::kinds::virtual_machine::compare::owner;
 use crate::name::{Kind, LinkName, Mark, ObjectId, ObjectName, SetName};
-use crate::vmm::config::{DiskFormat, VmConfig};
-use crate::vmm::protocol::{ExitRecord, Phase};
+use crate::vmm::config::DiskFormat;
+pub use vm::VmStatus;
 
 /// One object on the host.
 #[derive(Clone, Debug)]
@@ -105,52 +107,6 @@ pub struct VolumeStatus {
     pub reclaim_policy: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub unusable: Option<String>,
-}
-
-#[derive(Clone, Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct VmStatus {
-    pub phase: &'static str,
-    pub pid: Option<i32>,
-    pub uptime_seconds: Option<u64>,
-    pub reboots: Option<u64>,
-    pub run_strategy: Option<RunStrategy>,
-    /// `vmctl stop` holds it down.
-    pub held: bool,
-    pub cpus: u8,
-    pub memory_bytes: u64,
-    pub disks: Vec<DiskStatus>,
-    pub interfaces: Vec<NicStatus>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub last_exit: Option<ExitRecord>,
-    /// What is defined differs from what runs: it takes effect at the next start.
-    pub staged: bool,
-    /// Why its process can't be asked.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub problem: Option<String>,
-    pub boot: Option<crate::vmm::config::BootConfig>,
-}
-
-#[derive(Clone, Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct DiskStatus {
-    pub name: String,
-    pub path: String,
-    pub format: DiskFormat,
-    pub read_only: bool,
-    /// As the guest sees it; only of a VM that runs.
-    pub capacity_bytes: Option<u64>,
-}
-
-#[derive(Clone, Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct NicStatus {
-    pub name: String,
-    pub mac_address: String,
-    pub tap: String,
-    pub bridge: Option<LinkName>,
-    /// The tap is there and up.
-    pub up: bool,
 }
 
 /// Everything that carries a mark of these sets (`None`: of any), by kind and name, and what could not be
@@ -297,7 +253,7 @@ impl<'a> Finder<'a> {
                 }
                 continue;
             };
-            let status = vm_status(vm, self.snapshot);
+            let status = vm::status(vm, self.snapshot);
             self.found(mark, Status::VirtualMachine(Box::new(status)));
         }
     }
@@ -352,68 +308,4 @@ fn volume_status(
             facts.header.unusable.clone()
         },
     }
-}
-
-fn vm_status(vm: &Vm, snapshot: &Snapshot) -> VmStatus {
-    let process = vm.process.as_ref().and_then(|process| process.as_ref().ok());
-    let problem = vm.process.as_ref().and_then(|process| process.as_ref().err());
-    let defined = vm.definition.as_ref().map(|definition| &definition.config);
-    let config = process.map(|process| &process.config).or(defined);
-    let phase = match (process.map(|process| process.phase), problem) {
-        (Some(Phase::Running), _) => "Running",
-        (Some(Phase::Paused), _) => "Paused",
-        (Some(Phase::Stopping), _) => "Stopping",
-        (None, Some(_)) => "Unknown",
-        (None, None) => "Stopped",
-    };
-    VmStatus {
-        phase,
-        pid: process.map(|process| process.pid),
-        uptime_seconds: process.map(|process| process.uptime_ms / 1000),
-        reboots: process.map(|process| process.reboots),
-        run_strategy: vm.definition.as_ref().map(|definition| definition.run_strategy),
-        held: vm.held,
-        cpus: config.map_or(0, |config| config.vcpus),
-        memory_bytes: config.map_or(0, |config| config.memory_bytes),
-        disks: config.map_or(Vec::new(), |config| {
-            let capacity =
-                |index: usize| process.and_then(|process| process.disk_capacity_bytes.get(index).copied());
-            let disks = config.disks.iter().enumerate();
-            disks
-                .map(|(index, disk)| DiskStatus {
-                    name: disk.name.clone(),
-                    path: disk.path.clone(),
-                    format: disk.format,
-                    read_only: disk.read_only,
-                    capacity_bytes: capacity(index),
-                })
-                .collect()
-        }),
-        interfaces: config.map_or(Vec::new(), |config| nics(config, vm, snapshot)),
-        last_exit: vm.exit.clone(),
-        staged: process.is_some_and(|process| defined.is_some_and(|defined| *defined != process.config)),
-        problem: problem.map(ToString::to_string),
-        boot: config.map(|config| config.boot.clone()),
-    }
-}
-
-fn nics(config: &VmConfig, vm: &Vm, snapshot: &Snapshot) -> Vec<NicStatus> {
-    let links = snapshot.links.as_ref().ok();
-    let one = |nic: &crate::vmm::config::NicConfig| {
-        let link = links.and_then(|links| links.get(nic.tap.as_str()));
-        // Where the tap is; of a VM without taps, where it will be.
-        let defined = || {
-            let definition = vm.definition.as_ref()?;
-            let place = definition.config.nics.iter().position(|defined| defined.name == nic.name)?;
-            definition.bridges.get(place).cloned()
-        };
-        NicStatus {
-            name: nic.name.clone(),
-            mac_address: nic.mac_address.clone(),
-            tap: nic.tap.clone(),
-            bridge: link.map_or_else(defined, |link| link.master.clone()),
-            up: link.is_some_and(|link| link.up),
-        }
-    };
-    config.nics.iter().map(one).collect()
 }

@@ -1,5 +1,7 @@
 //! `vmctl describe`: everything that is known of one object, for a person.
 
+mod vm;
+
 use std::fmt::Write;
 
 use clap::Args;
@@ -8,14 +10,13 @@ use super::args::{Resource, parse_resources};
 use super::error::{CliError, Result};
 use super::exit::Exit;
 use super::get::{not_found, table::format_name};
-use super::objects::{LinkStatus, Object, Status, VmStatus, objects};
+use super::objects::{LinkStatus, Object, Status, objects};
 use super::session::Session;
 use crate::host::snapshot::VlanProtocol;
 use crate::host::{Host, Scope};
 use crate::name::SetName;
 use crate::report::text::Style;
-use crate::report::units::{duration, size};
-use crate::vmm::config::BootConfig;
+use crate::report::units::size;
 
 /// Say everything about objects on this host
 #[derive(Debug, Args)]
@@ -139,7 +140,7 @@ fn describe(object: &Object, style: Style) -> String {
                 page.line("Unusable", style.red(why));
             }
         }
-        Status::VirtualMachine(vm) => describe_vm(&mut page, vm),
+        Status::VirtualMachine(vm) => vm::describe(&mut page, vm),
     }
     page.text
 }
@@ -162,58 +163,4 @@ fn link(page: &mut Page, link: &LinkStatus) {
     page.line("MTU", link.mtu.to_string());
     page.maybe("MAC address", link.mac_address.as_ref());
     page.list("Addresses", &link.addresses);
-}
-
-fn describe_vm(page: &mut Page, vm: &VmStatus) {
-    let style = page.style;
-    page.line("Phase", vm.phase);
-    if let Some(problem) = &vm.problem {
-        page.line("Problem", style.red(problem));
-    }
-    if vm.held {
-        page.line("Held", "yes, by `vmctl stop`; `vmctl start` lets it run");
-    }
-    if vm.staged {
-        page.line("Staged", "its definition differs from what runs; it takes effect at the next start");
-    }
-    page.maybe("Process", vm.pid.map(|pid| format!("pid {pid}")));
-    page.maybe("Uptime", vm.uptime_seconds.map(duration));
-    page.maybe("Reboots", vm.reboots);
-    page.maybe("Run strategy", vm.run_strategy.map(|strategy| format!("{strategy:?}")));
-    page.line("vCPUs", vm.cpus.to_string());
-    page.line("Memory", size(vm.memory_bytes));
-    if let Some(boot) = &vm.boot {
-        match boot {
-            BootConfig::Kernel(boot) => {
-                page.line("Kernel", &boot.kernel_path);
-                page.line("Initrd", boot.initrd_path.as_deref().unwrap_or_default());
-                page.line("Command line", &boot.cmdline);
-            }
-            BootConfig::Disk(boot) => {
-                page.line("Boot", format!("from its disk {}", boot.disk));
-                page.maybe("Boot entry", boot.entry.as_deref());
-                page.line("Appended", &boot.append);
-            }
-        }
-    }
-    page.section("Disks");
-    for disk in &vm.disks {
-        let read_only = if disk.read_only { ", read-only" } else { "" };
-        let capacity = disk.capacity_bytes.map(|bytes| format!(", {}", size(bytes))).unwrap_or_default();
-        page.item(&format!(
-            "{:<12}  {} ({}{capacity}{read_only})",
-            disk.name,
-            disk.path,
-            format_name(disk.format)
-        ));
-    }
-    page.section("Interfaces");
-    for nic in &vm.interfaces {
-        let bridge = nic.bridge.as_ref().map_or("no bridge".to_owned(), |bridge| format!("bridge {bridge}"));
-        let state = if nic.up { "up" } else { "not up" };
-        page.item(&format!("{:<12}  {}, tap {} ({state}), {bridge}", nic.name, nic.mac_address, nic.tap));
-    }
-    if let Some(exit) = &vm.last_exit {
-        page.line("Last exit", format!("{:?}: {}", exit.reason, exit.message));
-    }
 }
