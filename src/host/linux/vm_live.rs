@@ -135,7 +135,8 @@ impl Live<'_> {
             }
             None => {}
         }
-        let fds = self.open_tap(&nic.tap, nic.queue_pairs)?;
+        let mut fds = self.open_tap(&nic.tap, nic.queue_pairs)?;
+        fds.extend(vm_start::open_vhost(nic.queue_pairs));
         self.command_with(&Verb::AddNic { nic: nic.clone() }, &fds)
     }
 

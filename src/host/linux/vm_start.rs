@@ -193,8 +193,18 @@ fn open_taps(
         let tap = LinkName::parse(&nic.tap).map_err(|error| StepError::failed(what(), error))?;
         roles.extend((0..nic.queue_pairs).map(|pair| FdRole::Tap { nic: nic.name.clone(), pair }));
         fds.extend(open_tap(&tap, nic.queue_pairs, &definition.mark, what)?);
+        let vhost = open_vhost(nic.queue_pairs);
+        roles.extend((0..).zip(&vhost).map(|(pair, _)| FdRole::Vhost { nic: nic.name.clone(), pair }));
+        fds.extend(vhost);
     }
     Ok(())
+}
+
+/// `/dev/vhost-net` for each queue pair, or none: a host that hasn't got it, or doesn't let us, leaves the
+/// frames to the VM process.
+pub fn open_vhost(queue_pairs: u16) -> Vec<OwnedFd> {
+    let open = |_| File::options().read(true).write(true).open("/dev/vhost-net").map(OwnedFd::from);
+    (0..queue_pairs).map(open).collect::<io::Result<_>>().unwrap_or_default()
 }
 
 /// Takes hold of a tap that carries a mark of this VM, once for each queue pair.
