@@ -4,6 +4,7 @@ mod support;
 
 use std::arch::global_asm;
 use std::fs::File;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -223,6 +224,44 @@ fn a_vm_stands_still_while_its_disks_storage_is_full() {
     control.command(&Verb::Stop).unwrap();
     assert_eq!(vm.wait().expect("an exit record").reason, ExitReason::Stopped);
     assert!(stopped_at.elapsed() < Duration::from_secs(5));
+}
+
+/// Whether the whole file can be locked for writing by this open file, as a launcher of VMs does it. The
+/// lock is kept.
+fn lock(file: &File) -> bool {
+    // SAFETY: `flock` is a plain structure of integers, for which all zeroes is a value.
+    let mut record: libc::flock = unsafe { std::mem::zeroed() };
+    (record.l_type, record.l_whence) = (libc::F_WRLCK as i16, libc::SEEK_SET as i16);
+    // SAFETY: the descriptor is open and the record valid for the length of the call.
+    unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw mut record) == 0 }
+}
+
+/// The lock belongs to the open file. The VM process has that from a descriptor, and so may the kernel's
+/// ring, which goes a moment after the process.
+#[test]
+fn a_disks_lock_is_the_vms_from_its_launch_to_its_end() {
+    let image = memfd(b"");
+    image.set_len(1 << 20).unwrap();
+    let path = format!("/proc/self/fd/{}", image.as_raw_fd());
+    let open = || File::options().read(true).write(true).open(&path).unwrap();
+    let (first, second) = (open(), open());
+    assert!(lock(&first) && !lock(&second));
+    let config = DiskConfig { queues: 2, ..DiskConfig::new("root", "image", DiskFormat::Raw) };
+    let mut vm = Vm::new(kernel(), "").disk(config, first);
+    vm.launch.config.machine = MachineKind::Micro;
+    let vm = vm.launch(Path::new(env!("CARGO_BIN_EXE_vmctl-vmm"))).unwrap();
+    vm.console().expect("D");
+    assert!(!lock(&second), "the VM's disk could be locked by another");
+    vm.control().command(&Verb::Reboot).unwrap();
+    assert!(!lock(&second), "a reset gave the lock away");
+    vm.kill();
+    vm.wait();
+    // Who starts VMs waits two seconds for a lock.
+    let deadline = Instant::now() + Duration::from_secs(2);
+    while !lock(&second) {
+        assert!(Instant::now() < deadline, "the lock outlives the VM");
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 #[test]

@@ -441,9 +441,11 @@ impl Supervisor {
         let (Some(config), Some(handle)) = (config, self.machine.disk(disk)) else {
             return Response::Error { message: format!("this VM has no disk {disk:?}") };
         };
-        handle.set_limits(limits);
-        config.limits = limits;
-        Response::Done
+        let result = handle.set_limits(limits);
+        if result.is_ok() {
+            config.limits = limits;
+        }
+        answer(result)
     }
 
     fn state(&self) -> VmState {

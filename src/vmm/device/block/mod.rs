@@ -41,7 +41,7 @@ use self::service::{Command, QueueService};
 use super::buffers::SEGMENTS_MAX;
 use super::worker::{Mailbox, ThreadRole, ThreadStart, Worker};
 use crate::vmm::boot::disk::ReadAt;
-use crate::vmm::config::{CacheMode, DiskConfig, DiskFormat, Limits, QUEUES_MAX};
+use crate::vmm::config::{Bucket, CacheMode, DiskConfig, DiskFormat, Limits, QUEUES_MAX};
 use crate::vmm::event::EventSender;
 use crate::vmm::metrics::{DiskCounters, DiskMetrics};
 use crate::vmm::transport::{ActivateError, Activation, VirtioDevice};
@@ -80,6 +80,10 @@ const SERIAL_BYTES: usize = 20;
 
 #[derive(Debug, thiserror::Error)]
 pub enum BlockError {
+    #[error("disk {disk}: {queues} queues, not 1 to {QUEUES_MAX}")]
+    Queues { disk: String, queues: u16 },
+    #[error("disk {disk}: a limit of nothing")]
+    NoLimit { disk: String },
     #[error("open the image of disk {disk}")]
     Open {
         disk: String,
@@ -170,6 +174,10 @@ impl Block {
         engine: Engine,
     ) -> Result<Self, BlockError> {
         let name = || config.name.clone();
+        if !(1..=QUEUES_MAX).contains(&config.queues) {
+            return Err(BlockError::Queues { disk: name(), queues: config.queues });
+        }
+        check_limits(config.limits).map_err(|()| BlockError::NoLimit { disk: name() })?;
         let image =
             open(config, file, backing).map_err(|source| BlockError::Open { disk: name(), source })?;
         let can_discard = image.can_discard() && !config.read_only;
@@ -177,7 +185,7 @@ impl Block {
         let mut workers = Vec::new();
         let mut counters = Vec::new();
         let mut uses_io_uring = true;
-        for queue in 0..usize::from(config.queues.clamp(1, QUEUES_MAX)) {
+        for queue in 0..usize::from(config.queues) {
             counters.push(Arc::new(DiskCounters::default()));
             let ring = engine.make_ring(&disk);
             uses_io_uring &= ring.is_some();
@@ -232,6 +240,13 @@ impl Block {
     }
 }
 
+/// A disk that may do nothing is a mistake, and a burst of nothing lets nothing pass.
+fn check_limits(limits: Limits) -> Result<(), ()> {
+    let buckets = [limits.bandwidth, limits.operations];
+    let is_empty = |bucket: Bucket| bucket.per_second == 0 || bucket.burst == 0;
+    if buckets.into_iter().flatten().any(is_empty) { Err(()) } else { Ok(()) }
+}
+
 fn open(config: &DiskConfig, file: OwnedFd, backing: Vec<OwnedFd>) -> Result<Box<dyn Image>, ImageRefused> {
     let (declared, passed) = (config.backing.len(), backing.len());
     if declared != passed {
@@ -281,9 +296,11 @@ impl BlockHandle {
     }
 
     /// Other limits from now on, for what already waits too.
-    pub fn set_limits(&self, limits: Limits) {
+    pub fn set_limits(&self, limits: Limits) -> Result<(), BlockError> {
+        check_limits(limits).map_err(|()| BlockError::NoLimit { disk: self.name.to_string() })?;
         self.disk.limiter.set(limits);
         self.look_again();
+        Ok(())
     }
 
     /// Tries what waits, for tokens or for room, now and not when it would be time.

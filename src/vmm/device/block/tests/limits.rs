@@ -51,7 +51,7 @@ fn limits_change_at_once_for_what_waits() {
     driver.used(0);
     assert_eq!(driver.used_within(0, Duration::from_millis(100)), None);
     assert!(handle.metrics().throttled > 0);
-    handle.set_limits(Limits::default());
+    handle.set_limits(Limits::default()).unwrap();
     for _ in 0..7 {
         driver.used(0);
     }
@@ -59,13 +59,25 @@ fn limits_change_at_once_for_what_waits() {
     assert_eq!((counted.reads, counted.read_bytes, counted.in_flight), (8, 4096, 0));
     assert_eq!(counted.read_latency.count(), 8);
     // A reset doesn't wait for tokens, and leaves none in the line.
-    handle.set_limits(operations(1, 1));
+    handle.set_limits(operations(1, 1)).unwrap();
+    assert!(handle.set_limits(operations(0, 1)).is_err() && handle.set_limits(operations(1, 0)).is_err());
     put_reads(&mut driver, 0, 8);
     driver.used(0);
     let start = Instant::now();
     driver.write(0x70, 0);
     assert!(start.elapsed() < Duration::from_millis(500));
     assert_eq!(handle.metrics().in_flight, 0);
+}
+
+#[test]
+fn a_number_of_queues_that_none_has_is_refused() {
+    let scratch = Scratch::new("queues");
+    for queues in [0, QUEUES_MAX + 1] {
+        let mut config = config(&scratch.raw("disk", MIB), DiskFormat::Raw);
+        config.queues = queues;
+        let result = Block::new(&config, open_rw(&config.path), Vec::new(), &sandbox_hook(), events());
+        assert!(refusal(result).contains("queues, not 1 to 8"));
+    }
 }
 
 #[test]
