@@ -41,6 +41,8 @@ pub struct Shared {
 pub struct Vcpu {
     fd: VcpuFd,
     index: u8,
+    /// The host's CPUs that its thread may run on; empty: all.
+    cpus: Vec<u16>,
     initial: InitialState,
     /// Whether the guest ran since the last reset.
     has_run: bool,
@@ -62,10 +64,24 @@ impl Vcpu {
         cpu::state::prepare(&fd)?;
         let initial = InitialState::save(&fd, msr_indices, index == 0)?;
         let statistics = Statistics::of(&fd);
-        Ok(Self { fd, index, initial, has_run: false, exits: Arc::default(), statistics, shared })
+        Ok(Self {
+            fd,
+            index,
+            cpus: Vec::new(),
+            initial,
+            has_run: false,
+            exits: Arc::default(),
+            statistics,
+            shared,
+        })
     }
 
-    /// Starts the thread and waits until `start` has returned on it, before anything else; its error
+    pub fn pinned_to(mut self, cpus: Vec<u16>) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// Starts the thread, on its CPUs, and waits until `start` has returned on it, before anything else; its error
     /// is the result.
     pub fn spawn(
         mut self,
@@ -85,7 +101,10 @@ impl Vcpu {
                 move || {
                     // SAFETY: gettid has no preconditions.
                     tid.store(unsafe { libc::gettid() }, Ordering::Release);
-                    let result = start();
+                    let index = self.index;
+                    let result = cpu::affinity::pin(&self.cpus)
+                        .map_err(|error| io::Error::new(error.kind(), format!("pin vCPU {index}: {error}")))
+                        .and_then(|()| start());
                     let ready = result.is_ok();
                     // The spawner waits for it.
                     let _ = report.send(result);

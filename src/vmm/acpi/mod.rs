@@ -47,14 +47,15 @@ pub enum Devices {
     Pci,
 }
 
-/// Writes all tables for a machine with this many vCPUs and these devices; gives the address of the RSDP.
-pub fn write_tables(memory: &GuestMemory, vcpus: u8, devices: Devices) -> Result<u64, AcpiError> {
+/// Writes all tables for a machine with vCPUs of these APIC ids and these devices; gives the address of
+/// the RSDP.
+pub fn write_tables(memory: &GuestMemory, apic_ids: &[u8], devices: Devices) -> Result<u64, AcpiError> {
     let mut writer = Writer { memory, next: layout::ACPI_START };
     // The RSDP comes first, at the start of the area that a kernel also searches.
     let rsdp = writer.reserve(Rsdp::len() as u64)?;
     let dsdt = writer.append(&dsdt::build(devices))?;
     let fadt = writer.append(&bytes(&fadt(dsdt)))?;
-    let madt = writer.append(&bytes(&madt(vcpus)))?;
+    let madt = writer.append(&bytes(&madt(apic_ids)))?;
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
@@ -119,11 +120,11 @@ fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
     fadt.finalize()
 }
 
-fn madt(vcpus: u8) -> MADT {
+fn madt(apic_ids: &[u8]) -> MADT {
     let mut madt =
         MADT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION, LocalInterruptController::Address(layout::LOCAL_APIC));
-    for id in 0..vcpus {
-        madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
+    for (uid, &id) in (0..).zip(apic_ids) {
+        madt.add_structure(ProcessorLocalApic::new(uid, id, EnabledStatus::Enabled));
     }
     madt.add_structure(IoApic::new(0, layout::IO_APIC, 0));
     madt
@@ -143,7 +144,7 @@ mod tests {
     }
 
     fn check_tables(memory: &GuestMemory, devices: Devices) {
-        let rsdp = write_tables(memory, 16, devices).unwrap();
+        let rsdp = write_tables(memory, &(0..16).collect::<Vec<_>>(), devices).unwrap();
         let sum = |start: u64, length: usize| {
             let mut table = vec![0; length];
             memory.read_slice(&mut table, GuestAddress(start)).unwrap();

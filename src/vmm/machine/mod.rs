@@ -13,8 +13,8 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip,
-    kvm_userspace_memory_region,
+    KVM_CAP_PMU_CAPABILITY, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_PMU_CAP_DISABLE, kvm_enable_cap, kvm_irqchip, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _};
@@ -29,6 +29,7 @@ use crate::vmm::boot::{BootError, BootFiles, BootSource, DiskLoader, Entry};
 use crate::vmm::bus::{Bus, BusError};
 use crate::vmm::config::{BootConfig, VmConfig};
 use crate::vmm::console::Output;
+use crate::vmm::cpu::topology::Topology;
 use crate::vmm::cpu::{self, CpuError};
 use crate::vmm::device::ThreadStart;
 use crate::vmm::device::block::{Block, BlockError, BlockHandle};
@@ -142,7 +143,7 @@ pub struct Machine {
     vm: Arc<VmFd>,
     memory: GuestMemory,
     memory_bytes: u64,
-    vcpu_count: u8,
+    apic_ids: Vec<u8>,
     /// `None` until the disks are there.
     boot: Option<BootSource>,
     gate: Arc<Gate>,
@@ -200,13 +201,14 @@ impl Built {
         let backplane = Backplane::new(config.machine, vm.clone(), memory.clone(), &buses, sender.clone())?;
         let gate = Arc::new(Gate::new(config.vcpus.into()));
         let shared = Shared { gate: gate.clone(), pio: buses.pio, mmio: buses.mmio, events: sender.clone() };
-        let vcpus = make_vcpus(&kvm_fd, &vm, config.vcpus, &shared)?;
+        let topology = Topology::new(&config.cpu, config.vcpus)?;
+        let vcpus = make_vcpus(&kvm_fd, &vm, config, topology, &shared)?;
 
         let mut machine = Machine {
             vm,
             memory,
             memory_bytes: config.memory_bytes,
-            vcpu_count: config.vcpus,
+            apic_ids: topology.apic_ids(),
             boot: None,
             gate,
             vcpus: Vec::new(),
@@ -245,7 +247,7 @@ impl Built {
 impl Machine {
     /// Puts everything that a guest starts from into its memory.
     fn load(&self) -> Result<Entry, MachineError> {
-        let rsdp = acpi::write_tables(&self.memory, self.vcpu_count, self.backplane.acpi())?;
+        let rsdp = acpi::write_tables(&self.memory, &self.apic_ids, self.backplane.acpi())?;
         let boot = self.boot.as_ref().ok_or(BootError::NoKernel)?;
         let entry = boot.load(&self.memory, self.memory_bytes, rsdp)?;
         cpu::entry::write_gdt(&self.memory, entry).map_err(BootError::Memory)?;
@@ -505,14 +507,33 @@ fn make_serial(vm: &VmFd, pio: &Bus) -> Result<(Arc<Mutex<SerialPort>>, SerialSi
     Ok((serial, (output, input_wanted)))
 }
 
-fn make_vcpus(kvm_fd: &Kvm, vm: &VmFd, count: u8, shared: &Shared) -> Result<Vec<Vcpu>, MachineError> {
-    let template = cpu::cpuid::supported(kvm_fd)?;
+fn make_vcpus(
+    kvm_fd: &Kvm,
+    vm: &VmFd,
+    config: &VmConfig,
+    topology: Topology,
+    shared: &Shared,
+) -> Result<Vec<Vcpu>, MachineError> {
+    let template = cpu::cpuid::supported(kvm_fd, config.cpu.model)?;
     let msr_indices = cpu::state::msr_indices(kvm_fd)?;
-    (0..count)
+    let pinning = &config.cpu.pinning;
+    if pinning.len() > usize::from(config.vcpus) {
+        return Err(CpuError::Pinning { pinned: pinning.len(), vcpus: config.vcpus }.into());
+    }
+    // Without counters KVM has less to switch. A KVM that has no such choice gives none by CPUID alone.
+    let no_counters = kvm_enable_cap {
+        cap: KVM_CAP_PMU_CAPABILITY,
+        args: [KVM_PMU_CAP_DISABLE.into(), 0, 0, 0],
+        ..Default::default()
+    };
+    let _ = vm.enable_cap(&no_counters);
+    (0..config.vcpus)
         .map(|index| {
-            let fd = vm.create_vcpu(index.into()).map_err(kvm("create a vCPU"))?;
-            let cpuid = template.for_vcpu(index, count);
-            Ok(Vcpu::new(fd, index, &cpuid, &msr_indices, shared.clone())?)
+            // KVM takes the number for the APIC id.
+            let fd = vm.create_vcpu(topology.apic_id(index).into()).map_err(kvm("create a vCPU"))?;
+            let cpuid = template.for_vcpu(index, topology, fd.get_tsc_khz().ok())?;
+            let vcpu = Vcpu::new(fd, index, &cpuid, &msr_indices, shared.clone())?;
+            Ok(vcpu.pinned_to(pinning.get(usize::from(index)).cloned().unwrap_or_default()))
         })
         .collect()
 }

@@ -74,6 +74,8 @@ const BUILDING: &[i64] = &[
     libc::SYS_io_uring_register,
     libc::SYS_io_uring_setup,
     libc::SYS_listen,
+    // Guest memory of huge pages.
+    libc::SYS_memfd_create,
     libc::SYS_prlimit64,
     libc::SYS_readv,
     libc::SYS_rseq,
