@@ -32,6 +32,7 @@ mod selector;
 mod session;
 mod start;
 mod stop;
+mod top;
 mod validate;
 mod version;
 
@@ -70,6 +71,7 @@ enum Command {
     Resume(resume::Command),
     Console(console::Command),
     Logs(logs::Command),
+    Top(top::Command),
     Agent(agent::Command),
     Explain(explain::Command),
     Schema(schema::Command),
@@ -99,6 +101,7 @@ impl Command {
             Self::Explain(command) => command.output == Format::Json,
             Self::Check(command) => command.output == Format::Json,
             Self::Version(command) => command.output == Format::Json,
+            Self::Top(command) => command.output == top::Format::Json,
             Self::Describe(_)
             | Self::Console(_)
             | Self::Logs(_)
@@ -123,6 +126,7 @@ impl Command {
             Self::Resume(command) => command.run(session),
             Self::Console(command) => command.run(session),
             Self::Logs(command) => command.run(session),
+            Self::Top(command) => command.run(session),
             Self::Agent(command) => command.run(session),
             Self::Explain(command) => command.run(session),
             Self::Schema(command) => command.run(session),

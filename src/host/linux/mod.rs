@@ -14,6 +14,7 @@ pub mod links;
 pub mod lock;
 mod netlink;
 mod ofd;
+mod parallel;
 pub mod signals;
 pub mod storage;
 mod tap;
@@ -23,7 +24,9 @@ mod vm_live;
 mod vm_place;
 mod vm_process;
 mod vm_start;
+pub mod vm_usage;
 
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
@@ -34,6 +37,7 @@ pub use vm_start::uid as vm_uid;
 
 use self::storage::Storage;
 use self::vm_control::Vms;
+use self::vm_usage::Usage;
 use super::error::ObserveError;
 use super::snapshot::Snapshot;
 use super::{Host, Lane, Scope, Step, StepError};
@@ -85,6 +89,14 @@ impl LinuxHost {
             Err(ControlError::Absent { .. }) => Ok(None),
             Err(error) => Err(failed(&vm_process::chain(&error))),
         }
+    }
+
+    /// What the VMs that run use, or these alone. One that can't be asked is there, with the reason.
+    pub fn vm_usage(
+        &self,
+        only: &[ObjectName],
+    ) -> Result<BTreeMap<ObjectName, Result<Usage, ObserveError>>, ObserveError> {
+        vm_usage::observe(&self.vms.state_dir, &self.vms.run_dir, only)
     }
 
     /// Where the VM's console output is kept.

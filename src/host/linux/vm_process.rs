@@ -7,12 +7,12 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, PidfdFlags, Signal};
 
+use super::parallel::ask_all;
 use super::vm_place::{SocketDirectory, VmPlace};
 use crate::host::error::ObserveError;
 use crate::host::snapshot::{Observed, Vm, VmProcess};
@@ -26,37 +26,12 @@ pub const LOOK_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a start or an end of a VM process may take: it reads a kernel, or flushes its disks.
 const SETTLE_MAX: Duration = Duration::from_secs(30);
 const SETTLE_POLL: Duration = Duration::from_millis(10);
-/// VMs asked at once: one that hangs doesn't hold up the others for long.
-const LOOKERS_MAX: usize = 16;
 
 /// All VMs that are defined or run.
 pub fn observe(state_dir: &Path, run_dir: &Path) -> Observed<BTreeMap<ObjectName, Vm>> {
     let names =
         VmPlace::list(state_dir, run_dir).map_err(|error| ObserveError::new("list the VMs", error))?;
-    let lookers = names.len().min(LOOKERS_MAX);
-    let names = Mutex::new(names.into_iter());
-    let look = || {
-        let mut seen = Vec::new();
-        loop {
-            // Nothing panics while it holds the lock.
-            let next = names.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
-            let Some(name) = next else { return seen };
-            let vm = look_at(&VmPlace::new(state_dir, run_dir, &name), &name);
-            seen.push((name, vm));
-        }
-    };
-    let seen = std::thread::scope(|scope| {
-        let others: Vec<_> =
-            (1..lookers).map_while(|_| std::thread::Builder::new().spawn_scoped(scope, look).ok()).collect();
-        let mut seen = look();
-        for other in others {
-            match other.join() {
-                Ok(more) => seen.extend(more),
-                Err(_) => return Err(ObserveError::new("look at the VMs", "a thread failed")),
-            }
-        }
-        Ok(seen)
-    })?;
+    let seen = ask_all(names, |name| look_at(&VmPlace::new(state_dir, run_dir, name), name))?;
     Ok(seen.into_iter().filter_map(|(name, vm)| Some((name, vm?))).collect())
 }
 
