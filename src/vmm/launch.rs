@@ -57,9 +57,11 @@ pub enum LaunchFailure {
 fn causes(error: &MachineError) -> String {
     match error {
         // Their text has the cause already.
-        MachineError::Kvm { .. } | MachineError::Io { .. } | MachineError::Disk(_) | MachineError::Nic(_) => {
-            String::new()
-        }
+        MachineError::Cpu(_)
+        | MachineError::Kvm { .. }
+        | MachineError::Io { .. }
+        | MachineError::Disk(_)
+        | MachineError::Nic(_) => String::new(),
         _ if std::error::Error::source(error).is_none() => String::new(),
         _ => format!(": {}", source_of(error)),
     }

@@ -34,6 +34,10 @@ const EXTENDED1_ECX_TOPOLOGY: u32 = 1 << 22;
 /// PERFCTR_CORE, PERFCTR_NB, PERFTSC, PERFCTR_LLC.
 const EXTENDED1_ECX_COUNTERS: u32 = 1 << 23 | 1 << 24 | 1 << 27 | 1 << 28;
 const EXTENDED1_ECX_MWAITX: u32 = 1 << 29;
+/// EBX of leaf 0 for `AuthenticAMD` and `HygonGenuine`.
+const AMD: u32 = u32::from_le_bytes(*b"Auth");
+const HYGON: u32 = u32::from_le_bytes(*b"Hygo");
+const EXTENDED_TOPOLOGY: u32 = 0x8000_001e;
 const LEVEL_THREAD: u32 = 1;
 const LEVEL_CORE: u32 = 2;
 const TOPOLOGY: u32 = 0xb;
@@ -111,6 +115,7 @@ impl Template {
         for entry in &mut entries {
             normalise(entry, amx, tsc_deadline);
         }
+        offer_topology(&mut entries);
         Ok(Self { entries })
     }
 
@@ -180,6 +185,22 @@ fn normalise(entry: &mut kvm_cpuid_entry2, amx: bool, tsc_deadline: bool) {
     }
 }
 
+/// On AMD's processors Linux believes no topology, not even leaf 0xb, without TOPOEXT and its leaf. All that
+/// they do is tell, so that it is no matter whether this host has them.
+fn offer_topology(entries: &mut Vec<kvm_cpuid_entry2>) {
+    let tells = entries.iter().any(|entry| entry.function == 0 && matches!(entry.ebx, AMD | HYGON))
+        && entries.iter().any(|entry| entry.function == 0x8000_0000 && entry.eax >= EXTENDED_TOPOLOGY);
+    if !tells {
+        return;
+    }
+    for entry in entries.iter_mut().filter(|entry| entry.function == 0x8000_0001) {
+        entry.ecx |= EXTENDED1_ECX_TOPOLOGY;
+    }
+    if !entries.iter().any(|entry| entry.function == EXTENDED_TOPOLOGY) {
+        entries.push(kvm_cpuid_entry2 { function: EXTENDED_TOPOLOGY, ..Default::default() });
+    }
+}
+
 /// Fills in where the vCPU sits.
 fn place(entry: &mut kvm_cpuid_entry2, id: u32, topology: Topology) {
     let package_threads = topology.threads_per_package();
@@ -212,7 +233,7 @@ fn place(entry: &mut kvm_cpuid_entry2, id: u32, topology: Topology) {
             let sharing = if level >= 3 { package_threads } else { topology.threads_per_core() };
             entry.eax = (entry.eax & 0x3fff) | (sharing - 1) << 14;
         }
-        0x8000_001e => {
+        EXTENDED_TOPOLOGY => {
             let core = (id & ((1 << topology.package_bits()) - 1)) >> topology.thread_bits();
             entry.eax = id;
             entry.ebx = (topology.threads_per_core() - 1) << 8 | core;
@@ -334,6 +355,21 @@ mod tests {
         let extended = leaf(&cpuid, 0x8000_0001, 0).ecx;
         assert_eq!(extended & (EXTENDED1_ECX_SVM | EXTENDED1_ECX_COUNTERS | EXTENDED1_ECX_MWAITX), 0);
         assert!(!cpuid.as_slice().iter().any(|entry| matches!(entry.function, 0x14 | 0x8000_000a)));
+    }
+
+    #[test]
+    fn amd_processors_tell_their_topology_even_if_the_hosts_do_not() {
+        let entry = |function, eax, ebx| kvm_cpuid_entry2 { function, eax, ebx, ..Default::default() };
+        for (vendor, last, tells) in
+            [(AMD, 0x8000_001e, true), (AMD, 0x8000_0008, false), (1, 0x8000_001e, false)]
+        {
+            let entries = vec![entry(0, 0xd, vendor), entry(0x8000_0000, last, 0), entry(0x8000_0001, 0, 0)];
+            let template = Template::new(entries, CpuModel::Host, true).unwrap();
+            let cpuid = template.for_vcpu(3, topology(1, 2, 2), None).unwrap();
+            assert_eq!(leaf(&cpuid, 0x8000_0001, 0).ecx & EXTENDED1_ECX_TOPOLOGY != 0, tells);
+            let found = cpuid.as_slice().iter().find(|entry| entry.function == EXTENDED_TOPOLOGY);
+            assert_eq!(found.map(|entry| (entry.eax, entry.ebx)), tells.then_some((3, 1 << 8 | 1)));
+        }
     }
 
     #[test]

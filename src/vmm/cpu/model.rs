@@ -34,26 +34,11 @@ impl Register {
 /// One bit of subleaf 0, by the name that Linux gives it.
 struct Feature(u32, Register, u32, &'static str);
 
-/// x86-64 itself, with what each of its processors has, for Linux to start on.
+/// What of x86-64 itself programs see, and what makes it 64 bits wide.
 const BASELINE: &[Feature] = &[
     Feature(0x1, Edx, 0, "fpu"),
-    Feature(0x1, Edx, 1, "vme"),
-    Feature(0x1, Edx, 2, "de"),
-    Feature(0x1, Edx, 3, "pse"),
-    Feature(0x1, Edx, 4, "tsc"),
-    Feature(0x1, Edx, 5, "msr"),
-    Feature(0x1, Edx, 6, "pae"),
-    Feature(0x1, Edx, 7, "mce"),
     Feature(0x1, Edx, 8, "cx8"),
-    Feature(0x1, Edx, 9, "apic"),
-    Feature(0x1, Edx, 11, "sep"),
-    Feature(0x1, Edx, 12, "mtrr"),
-    Feature(0x1, Edx, 13, "pge"),
-    Feature(0x1, Edx, 14, "mca"),
     Feature(0x1, Edx, 15, "cmov"),
-    Feature(0x1, Edx, 16, "pat"),
-    Feature(0x1, Edx, 17, "pse36"),
-    Feature(0x1, Edx, 19, "clflush"),
     Feature(0x1, Edx, 23, "mmx"),
     Feature(0x1, Edx, 24, "fxsr"),
     Feature(0x1, Edx, 25, "sse"),
@@ -91,8 +76,9 @@ const V3: &[Feature] = &[
 const WORDS: &[(u32, u32, Register, u32)] = &[
     // PCID; x2APIC, the deadline timer and the sign of a hypervisor, which KVM makes itself.
     (0x1, 0, Ecx, 1 << 17 | 1 << 21 | 1 << 24 | 1 << 31),
-    // Several threads to a package.
-    (0x1, 0, Edx, 1 << 28),
+    // VME, DE, PSE, TSC, MSR, PAE, MCE, APIC, SEP, MTRR, PGE, MCA, PAT, PSE36, CLFLUSH: each processor of 64
+    // bits has them, though nested KVM may lack one. Several threads to a package.
+    (0x1, 0, Edx, 0x000b_7afe | 1 << 28),
     // An APIC timer that never stops.
     (0x6, 0, Eax, 1 << 2),
     (0x6, 0, Ebx, 0),

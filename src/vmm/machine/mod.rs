@@ -69,7 +69,7 @@ pub enum MachineError {
     },
     #[error("{0}")]
     Cpu(#[from] CpuError),
-    #[error("{0}")]
+    #[error(transparent)]
     Memory(#[from] MemoryError),
     #[error("{0}")]
     Boot(#[from] BootError),
