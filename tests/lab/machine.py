@@ -29,6 +29,8 @@ KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable"
 # only what is written takes room.
 PAYLOAD_BYTES = 4 << 30
 SCRATCH_BYTES = 16 << 30
+# A disk that is empty unless a call asks for something on it: so one saved lab serves all calls.
+EXTRA_BYTES = 4 << 30
 CONSOLE_KEPT_BYTES = 64 * 1024
 # A panic with its back-trace; fewer lines would leave out the panic itself.
 CONSOLE_SHOWN_LINES = 100
@@ -51,7 +53,7 @@ class Hung(LabError):
 
 
 class Machine:
-    def __init__(self, build, cpus, memory_mib, ram_fd, payload_fd, scratch_fd, saving=False):
+    def __init__(self, build, cpus, memory_mib, ram_fd, payload_fd, scratch_fd, extra_fd, saving=False):
         """Starts QEMU: booting, to be saved, or waiting for `restore`."""
         control, control_theirs = socket.socketpair()
         console, console_theirs = socket.socketpair()
@@ -78,11 +80,12 @@ class Machine:
         command += disk("root", f"{build}/root.ext4", "readonly=on")
         command += disk("payload", f"/proc/self/fd/{payload_fd}", "readonly=on")
         command += disk("scratch", f"/proc/self/fd/{scratch_fd}", "discard=unmap")
+        command += disk("extra", f"/proc/self/fd/{extra_fd}", "readonly=on")
         if not saving:
             command += ["-incoming", "defer"]
         self.process = subprocess.Popen(
             command,
-            pass_fds=[*fds, ram_fd, payload_fd, scratch_fd],
+            pass_fds=[*fds, ram_fd, payload_fd, scratch_fd, extra_fd],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self.complaints,

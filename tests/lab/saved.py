@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 
-from machine import PAYLOAD_BYTES, SCRATCH_BYTES, LabError, Machine
+from machine import EXTRA_BYTES, PAYLOAD_BYTES, SCRATCH_BYTES, LabError, Machine
 
 BOOT_SILENCE_S = 60
 KEPT = 4
@@ -38,7 +38,10 @@ def folders(build, cpus, memory_mib):
     """Where it may lie: in memory, or on disk where that is short (as in containers)."""
     # The time of the build is in the name: a lab built again is another.
     made = os.stat(f"{build}/root.ext4").st_mtime_ns
-    key = hashlib.sha256(f"{build} {made}".encode()).hexdigest()[:12]
+    # And so is what the machine is made of.
+    with open(Machine.__init__.__code__.co_filename, "rb") as source:
+        machine = hashlib.sha256(source.read()).hexdigest()
+    key = hashlib.sha256(f"{build} {made} {machine}".encode()).hexdigest()[:12]
     return [f"{parent}/vmctl-lab-{key}-c{cpus}-m{memory_mib}" for parent in (IN_MEMORY, build)]
 
 
@@ -66,8 +69,8 @@ def make(build, cpus, memory_mib):
     folder = in_memory if room_in_memory() >= SAVED_BYTES else on_disk
     ram = unnamed_file(os.path.dirname(folder), memory_mib << 20)
     state = unnamed_file(os.path.dirname(folder), 0)
-    payload, scratch = unnamed_file(build, PAYLOAD_BYTES), unnamed_file(build, SCRATCH_BYTES)
-    machine = Machine(build, cpus, memory_mib, ram, payload, scratch, saving=True)
+    payload, scratch, extra = (unnamed_file(build, size) for size in (PAYLOAD_BYTES, SCRATCH_BYTES, EXTRA_BYTES))
+    machine = Machine(build, cpus, memory_mib, ram, payload, scratch, extra, saving=True)
     try:
         for kind, _ in machine.frames(BOOT_SILENCE_S):
             if kind == b"R":
@@ -77,7 +80,7 @@ def make(build, cpus, memory_mib):
     finally:
         machine.kill()
     publish(folder, build, state=state, ram=ram)
-    for fd in (payload, scratch):
+    for fd in (payload, scratch, extra):
         os.close(fd)
     print(f"lab: booted and saved ({cpus} CPUs, {memory_mib} MiB) in {time.monotonic() - start:.1f} s", file=sys.stderr)
     os.lseek(state, 0, os.SEEK_SET)
