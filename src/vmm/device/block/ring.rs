@@ -27,6 +27,10 @@ use crate::vmm::memory::GuestMemory;
 const ENTRIES: u32 = 128;
 /// The image's place among the ring's registered files.
 const FILE: Fixed = Fixed(0);
+/// Most threads that the kernel makes for one ring's requests that have to wait (its syncs, above all),
+/// of each of its two kinds. They count among the process's own; where it can have no more, the request
+/// comes back and the queue's thread does it.
+const KERNEL_THREADS: [u32; 2] = [4, 1];
 /// How long and how often a kernel that is short of memory is given time.
 const BUSY_WAIT: Duration = Duration::from_millis(1);
 const BUSY_TRIES: u32 = 1000;
@@ -70,6 +74,9 @@ impl Ring {
         }
         let submitter = ring.submitter();
         submitter.register_files(&[file.as_raw_fd()])?;
+        // Since 5.15; what the kernel chooses itself is only more.
+        let mut threads = KERNEL_THREADS;
+        let _ = submitter.register_iowq_max_workers(&mut threads);
         submitter.register_restrictions(&mut [
             Restriction::sqe_op(opcode::Readv::CODE),
             Restriction::sqe_op(opcode::Writev::CODE),
