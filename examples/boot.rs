@@ -6,7 +6,7 @@
 //! boot [OPTIONS] --kernel FILE | --boot-disk NAME
 //!   --boot-disk NAME  find the kernel on this disk; --cmdline is appended to what the disk says
 //!   --kernel FILE --initrd FILE --cmdline TEXT --vcpus N --memory MIB
-//!   --disk NAME=FILE[:raw|:qcow2]   --tap NAME=TAP=MAC
+//!   --disk NAME=FILE[:raw|:qcow2]   --tap NAME=TAP=MAC[,pairs=N][,vhost]
 //!   --until TEXT    stop once the console shows TEXT, and say how long that took
 //!   --type TEXT     type it once --until was seen, then wait for the end
 //!   --then TEXT     wait for TEXT before the next --type; may be repeated with it
@@ -112,11 +112,28 @@ fn machine(options: &Options) -> Vm {
         vm = vm.disk(DiskConfig::new(name, path, format), image);
     }
     for tap in &options.taps {
-        let parts: Vec<&str> = tap.split('=').collect();
-        let [name, tap, mac] = parts[..] else { panic!("--tap NAME=TAP=MAC") };
-        vm = vm.nic(NicConfig::new(name, tap, mac), support::open_tap(tap));
+        vm = add_nic(vm, tap);
     }
     vm
+}
+
+fn add_nic(vm: Vm, option: &str) -> Vm {
+    let mut options = option.split(',');
+    let parts: Vec<&str> = options.next().unwrap().split('=').collect();
+    let [name, tap, mac] = parts[..] else { panic!("--tap NAME=TAP=MAC") };
+    let mut config = NicConfig::new(name, tap, mac);
+    let mut vhost = false;
+    for option in options {
+        match option.split_once('=') {
+            Some(("pairs", pairs)) => config.queue_pairs = pairs.parse().unwrap(),
+            None if option == "vhost" => vhost = true,
+            _ => panic!("--tap: unknown option {option}"),
+        }
+    }
+    let pairs = config.queue_pairs;
+    let taps = (0..pairs).map(|_| support::open_tap_queue(tap, pairs > 1)).collect();
+    let vhosts = (0..if vhost { pairs } else { 0 }).map(|_| support::open_vhost()).collect();
+    vm.nic_of_pairs(config, taps, vhosts)
 }
 
 fn boot(options: &Options) {

@@ -132,8 +132,18 @@ impl Vm {
         self
     }
 
-    pub fn nic(mut self, config: NicConfig, tap: File) -> Self {
-        self.pass(FdRole::Tap { nic: config.name.clone(), pair: 0 }, tap);
+    pub fn nic(self, config: NicConfig, tap: File) -> Self {
+        self.nic_of_pairs(config, vec![tap], Vec::new())
+    }
+
+    /// With a descriptor of the tap for each queue pair, and one of `/dev/vhost-net` for each, or none.
+    pub fn nic_of_pairs(mut self, config: NicConfig, taps: Vec<File>, vhosts: Vec<File>) -> Self {
+        for (pair, tap) in (0..).zip(taps) {
+            self.pass(FdRole::Tap { nic: config.name.clone(), pair }, tap);
+        }
+        for (pair, vhost) in (0..).zip(vhosts) {
+            self.pass(FdRole::Vhost { nic: config.name.clone(), pair }, vhost);
+        }
         self.launch.config.nics.push(config);
         self
     }
@@ -262,6 +272,11 @@ impl Session {
 
 /// Opens an existing tap as the host layer does: with a vnet header, without packet information.
 pub fn open_tap(name: &str) -> File {
+    open_tap_queue(name, false)
+}
+
+/// One queue of a tap that may have several.
+pub fn open_tap_queue(name: &str, multi_queue: bool) -> File {
     use std::os::fd::AsRawFd as _;
     const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
     let tap = File::options().read(true).write(true).open("/dev/net/tun").expect("/dev/net/tun");
@@ -270,9 +285,15 @@ pub fn open_tap(name: &str) -> File {
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes().take(15)) {
         *to = from as libc::c_char;
     }
-    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+    let queues = if multi_queue { libc::IFF_MULTI_QUEUE } else { 0 };
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | queues;
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
     // SAFETY: TUNSETIFF reads one ifreq from where we point.
     let done = unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETIFF, &raw const request) };
     assert_eq!(done, 0, "open tap {name}: {}", std::io::Error::last_os_error());
     tap
+}
+
+pub fn open_vhost() -> File {
+    File::options().read(true).write(true).open("/dev/vhost-net").expect("/dev/vhost-net")
 }

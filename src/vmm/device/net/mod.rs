@@ -25,7 +25,6 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::sync_channel;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
@@ -36,7 +35,7 @@ use virtio_bindings::virtio_net::{
 
 use self::kernel::Kernel;
 use self::pair::{Command, Pair};
-use self::shared::Shared;
+use self::shared::{LinkChange, Shared};
 use self::tap::Tap;
 use super::worker::{Mailbox, ThreadRole, ThreadStart, Worker};
 use crate::vmm::config::{Limits, NicConfig, QUEUES_MAX};
@@ -187,14 +186,14 @@ fn start_workers(
         .collect::<io::Result<Vec<_>>>()?;
     let mailboxes: Vec<_> = workers.iter().map(Worker::mailbox).collect();
     for mailbox in &mailboxes {
-        mailbox.tell(Command::SetAttached(false))?;
+        mailbox.call_briefly(|reply| Command::SetAttached { attached: false, reply })?;
     }
     for first in pairs {
         workers.insert(0, spawn(format!("nic-{}", config.name), first.with_others(mailboxes.clone()))?);
     }
     if !config.link_up {
-        // Nobody waits for the reply: nothing of the guest runs.
-        workers[0].mailbox().tell(Command::LinkChanged { reply: sync_channel(1).0 })?;
+        let first = workers[0].mailbox();
+        first.call_briefly(|reply| Command::LinkChanged { change: LinkChange::None, reply })?;
     }
     Ok(workers)
 }
@@ -236,10 +235,10 @@ impl NetHandle {
 
     /// Plugs the cable in, or pulls it. When it returns, no frame passes a pulled one.
     pub fn set_link(&self, up: bool) -> Result<(), NetError> {
-        self.shared.link.set_plugged_in(up);
+        let change = self.shared.link.set_plugged_in(up);
         self.mailboxes
             .iter()
-            .try_for_each(|mailbox| mailbox.call_briefly(|reply| Command::LinkChanged { reply }))
+            .try_for_each(|mailbox| mailbox.call_briefly(|reply| Command::LinkChanged { change, reply }))
             .map_err(|source| NetError::Tap { nic: self.nic.to_string(), source })
     }
 

@@ -14,7 +14,7 @@ use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::SyncSender;
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
@@ -53,12 +53,16 @@ pub(super) enum Command {
     },
     /// The cable was plugged in or pulled.
     LinkChanged {
+        change: LinkChange,
         reply: SyncSender<()>,
     },
     /// Waits for tokens were reckoned at another rate.
     LimitsChanged,
     /// The driver uses this pair, or doesn't.
-    SetAttached(bool),
+    SetAttached {
+        attached: bool,
+        reply: SyncSender<()>,
+    },
 }
 
 pub(super) struct Pair {
@@ -203,7 +207,7 @@ impl Pair {
     }
 
     /// A pulled cable carries nothing in either direction, and both ends see it.
-    fn link_changed(&mut self) {
+    fn link_changed(&mut self, change: LinkChange) {
         let plugged_in = self.shared.link.is_plugged_in();
         if let Some(active) = self.active.as_mut().filter(|_| plugged_in) {
             // Frames from before are not for afterwards.
@@ -215,8 +219,11 @@ impl Pair {
         }
         self.choose_mover();
         self.look_again();
-        if plugged_in && self.is_first() {
-            self.announce_after(ANNOUNCE_DELAY);
+        if self.is_first() {
+            self.tell(change);
+            if plugged_in && change == LinkChange::Tell {
+                self.announce_after(ANNOUNCE_DELAY);
+            }
         }
     }
 
@@ -234,7 +241,7 @@ impl Pair {
         let may = self.shared.receive_limiter.is_unlimited()
             && self.shared.transmit_limiter.is_unlimited()
             && self.shared.link.is_plugged_in()
-            && active.tap_state == TapState::Usable;
+            && active.tap_state != TapState::Gone;
         match (active.mover, &mut self.kernel) {
             (Mover::Process, Some(kernel)) if may => {
                 // What was read and not delivered is lost: it is one frame.
@@ -294,11 +301,16 @@ impl Pair {
         let (tap, shared, others) = (&self.tap, &self.shared, &self.others);
         control.serve(&active.memory, |command| match command {
             control::Command::SetPairs(pairs) => {
-                for (index, other) in (1..).zip(others) {
-                    // One that has ended is past caring.
-                    let _ = other.tell(Command::SetAttached(index < pairs));
-                }
-                true
+                // All at the same time, and then the driver may rely on it. They never wait for this thread.
+                let replies: Vec<_> = (1..)
+                    .zip(others)
+                    .map(|(index, other)| {
+                        let (reply, answer) = sync_channel(1);
+                        let attached = index < pairs;
+                        other.tell(Command::SetAttached { attached, reply }).map(|()| answer)
+                    })
+                    .collect();
+                replies.into_iter().all(|answer| answer.is_ok_and(|answer| answer.recv().is_ok()))
             }
             control::Command::Announced => {
                 shared.link.announced();
@@ -374,8 +386,12 @@ impl Service for Pair {
     }
 
     fn stop(&mut self) {
-        self.stop_kernel(Mover::Process);
-        self.active = None;
+        let active = self.active.take();
+        if active.is_some_and(|active| active.mover == Mover::Kernel) {
+            self.shared.counters.kernel_pairs.subtract(1);
+            // How far it came is of no use any more. If it can't be told to stop, closing it does.
+            self.kernel = self.kernel.take().filter(|kernel| kernel.stop().is_ok());
+        }
         self.shared.receive_limiter.give_up(self.index);
         self.shared.transmit_limiter.give_up(self.index);
         if !self.is_first() {
@@ -389,16 +405,19 @@ impl Service for Pair {
             Command::ReplaceTap { tap, reply } => {
                 let _ = reply.send(self.replace_tap(tap));
             }
-            Command::LinkChanged { reply } => {
-                self.link_changed();
+            Command::LinkChanged { change, reply } => {
+                self.link_changed(change);
                 let _ = reply.send(());
             }
             Command::LimitsChanged => {
                 self.choose_mover();
                 self.look_again();
             }
-            // Until the driver is there none but the first is used.
-            Command::SetAttached(attached) => self.set_attached(attached && self.active.is_some()),
+            Command::SetAttached { attached, reply } => {
+                // Until the driver is there none but the first is used.
+                self.set_attached(attached && self.active.is_some());
+                let _ = reply.send(());
+            }
         }
     }
 

@@ -128,8 +128,10 @@ impl Receive {
             }
         }
         self.queue.disable_notifications(memory)?;
-        // Buffers that the kernel may not write to can't be there: they were checked when they were taken.
-        let Ok(vectors) = self.buffers.writable(memory).io_vectors() else { return Ok(Outcome::Next) };
+        let Ok(vectors) = self.buffers.writable(memory).io_vectors() else {
+            // They were checked when they were taken, so this doesn't happen; if it did, it would go on.
+            return Ok(Outcome::Wait(Waiting::Driver));
+        };
         let room = vectors.len_bytes();
         Ok(match tap.receive(vectors, &mut self.rest) {
             Transfer::Done(len) if len > HEADER_BYTES => {

@@ -1,3 +1,6 @@
+mod control_side;
+mod pairs;
+
 use std::ffi::CString;
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -37,9 +40,13 @@ fn tap_with(name: &str, flags: u16) -> OwnedFd {
 /// A tap that is up, with IPv6 off so that the kernel says nothing by itself.
 fn tap(name: &str) -> OwnedFd {
     let fd = tap_with(name, 0x0002 | 0x1000 | 0x4000);
+    bring_up(name);
+    fd
+}
+
+fn bring_up(name: &str) {
     tool("sysctl", &["-q", "-w", &format!("net.ipv6.conf.{name}.disable_ipv6=1")]).unwrap();
     tool("ip", &["link", "set", name, "up"]).unwrap();
-    fd
 }
 
 fn files(tap: OwnedFd) -> NicFiles {
@@ -132,10 +139,14 @@ impl Driver {
         assert_eq!(self.used(TRANSMIT).1, 0);
     }
 
-    fn link_up(&mut self) -> bool {
+    fn net_status(&mut self) -> u16 {
         let mut status = [0; 2];
         crate::vmm::bus::BusDevice::read(&mut self.transport, 0x106, &mut status);
-        status == [1, 0]
+        u16::from_le_bytes(status)
+    }
+
+    fn link_up(&mut self) -> bool {
+        self.net_status() & 1 == 1
     }
 }
 
@@ -279,33 +290,35 @@ fn the_guest_may_send_large_segments() {
     assert_eq!(peer.receive().unwrap(), packet, "one segment, whole");
 }
 
+/// Sends one of 20000 bytes from the network's end.
+fn send_large_segment(name: &str) {
+    let (header, packet) = large_segment(20000);
+    let (peer, on) = (Peer::on(name), 1);
+    // SAFETY: PACKET_VNET_HDR takes an `int`.
+    unsafe { libc::setsockopt(peer.0.as_raw_fd(), libc::SOL_PACKET, 15, (&raw const on).cast(), 4) };
+    peer.send(&[&header[..10], &packet].concat());
+}
+
 #[test]
 fn the_guest_receives_large_segments_only_if_it_asked_for_them() {
     own_network();
     let net = net("tap0");
     let handle = net.handle();
     let mut driver = Driver::new(net);
-    let (header, packet) = large_segment(20000);
-    let with_header = [&header[..10], &packet].concat();
-    let send = |name: &str| {
-        let (peer, on) = (Peer::on(name), 1);
-        // SAFETY: PACKET_VNET_HDR takes an `int`.
-        unsafe { libc::setsockopt(peer.0.as_raw_fd(), libc::SOL_PACKET, 15, (&raw const on).cast(), 4) };
-        peer.send(&with_header);
-    };
+    let packet = large_segment(20000).1;
     driver.start(OFFLOADS | MRG_RXBUF);
     driver.offer_buffers(64, 2048);
-    send("tap0");
+    send_large_segment("tap0");
     let received = driver.received();
     assert_eq!(received[1], 1, "TCPV4");
     assert_eq!(received[12..], packet);
     // A new tap gets the same offloads.
     handle.replace_tap(vec![tap("tap1")]).unwrap();
-    send("tap1");
+    send_large_segment("tap1");
     assert_eq!(driver.received()[12..], packet);
     driver.start(MRG_RXBUF);
     driver.offer_buffers(64, 2048);
-    send("tap1");
+    send_large_segment("tap1");
     for _ in 0..13 {
         let received = driver.received();
         assert_eq!(received[..2], [0, 0]);
