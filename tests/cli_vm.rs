@@ -266,3 +266,20 @@ fn a_staged_change_takes_effect_at_the_next_start() {
     assert_eq!(ground.status()["memoryBytes"], 64 << 20);
     ground.expect(0, "diff -f a.yaml").says("No differences");
 }
+
+#[test]
+fn a_paused_vm_stays_paused_and_a_stop_lets_it_go_on() {
+    let ground = running();
+    let pid = ground.pid();
+    ground.expect(0, "pause web").says("VirtualMachine/web");
+    ground.expect(0, "get vm").says("Paused");
+    ground.expect(0, "pause web").says("is paused already");
+    ground.expect(0, "apply -f a.yaml").says("paused; `vmctl resume web` lets it go on");
+    assert_eq!(ground.status()["phase"], "Paused");
+    ground.expect(0, "resume vm/web");
+    ground.expect(0, "resume web").says("is running already");
+    assert_eq!((ground.status()["phase"].as_str(), ground.pid()), (Some("Running"), pid));
+    ground.expect(0, "pause web");
+    ground.expect(0, "stop web --timeout 1s");
+    ground.expect(3, "pause web").says("it does not run");
+}

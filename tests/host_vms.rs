@@ -16,12 +16,12 @@ use rustix::process::{Pid, Signal};
 use support::*;
 use vmctl::host::error::StepError;
 use vmctl::host::linux::{LinuxHost, vm_uid};
-use vmctl::host::snapshot::{CpuShare, RunStrategy, Vm, VmDefinition, VmProcess};
-use vmctl::host::step::{Step, StopHow};
+use vmctl::host::snapshot::{CpuShare, LinkKind, RunStrategy, Vm, VmDefinition, VmProcess};
+use vmctl::host::step::{NewLink, NewLinkKind, Step, StopHow};
 use vmctl::host::{Host as _, Scope};
 use vmctl::name::{Kind, Mark, ObjectName};
-use vmctl::vmm::config::{BootConfig, DiskConfig, DiskFormat, NicConfig, VmConfig};
-use vmctl::vmm::protocol::Verb;
+use vmctl::vmm::config::{BootConfig, Bucket, DiskConfig, DiskFormat, Limits, NicConfig, VmConfig};
+use vmctl::vmm::protocol::{ConditionKind, Phase, Verb};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_vmctl-vmm");
 
@@ -477,4 +477,117 @@ fn a_linux_guest_obeys_its_power_button() {
     assert!(took < Duration::from_secs(120), "after {took:?}: {log}");
     assert_eq!(ground.vm("web").exit, None);
     assert!(link("tap0").up && link("tap0").master == Some(name("br0")));
+}
+
+/// What a step about a running VM needs: its name and its mark.
+fn of(definition: &VmDefinition) -> (ObjectName, Mark) {
+    (vm_name(definition), definition.mark.clone())
+}
+
+/// The small guest knows nothing of hot-plug: what is plugged is there for it to find, what is to be unplugged
+/// stays, and everybody is told.
+#[test]
+fn a_guest_that_does_not_let_go_is_asked_again() {
+    private_network();
+    let ground = Ground::new();
+    let definition = ground.definition("web");
+    ground.define(&definition).unwrap();
+    let disk = DiskConfig::new("data", ground.path("data.raw"), DiskFormat::Raw);
+    let add = || {
+        let (vm, mark) = of(&definition);
+        ground.run(Step::AddDisk { vm, mark, disk: Box::new(disk.clone()) })
+    };
+    assert!(add().unwrap_err().to_string().contains("does not run"));
+    ground.start(&definition).unwrap();
+    assert!(add().unwrap_err().to_string().contains("data.raw"), "the file isn't there");
+    std::fs::File::create(ground.path("data.raw")).unwrap().set_len(1 << 20).unwrap();
+    add().unwrap();
+    add().unwrap();
+    let process = ground.process("web");
+    assert_eq!(process.config.disks, std::slice::from_ref(&disk));
+    assert_eq!(process.disk_capacity_bytes, [1 << 20]);
+    // It is locked as if the VM had been started with it.
+    let mut other = ground.definition("other");
+    other.config.disks.push(disk.clone());
+    ground.define(&other).unwrap();
+    assert!(ground.start(&other).unwrap_err().to_string().contains("data.raw"));
+    // Another disk of the same name is another matter.
+    let (vm, mark) = of(&definition);
+    let read_only = DiskConfig { read_only: true, ..disk.clone() };
+    assert!(ground.run(Step::AddDisk { vm, mark, disk: Box::new(read_only) }).is_err());
+
+    let remove = |device: &str| {
+        let (vm, mark) = of(&definition);
+        let begin = Instant::now();
+        (ground.run(Step::RemoveDevice { vm, mark, device: device.to_owned() }), begin.elapsed())
+    };
+    remove("nothing").0.unwrap();
+    let (refused, took) = remove("data");
+    let refused = refused.unwrap_err();
+    assert!(refused.to_string().contains("has not let go of data within 10 s"), "{refused}");
+    assert!(refused.hint().unwrap().contains("asked again at the next apply"));
+    assert!((Duration::from_secs(9)..Duration::from_secs(20)).contains(&took), "{took:?}");
+    let process = ground.process("web");
+    let pending =
+        process.condition(ConditionKind::UnplugPending, Some("data")).expect("it is still asked for");
+    assert!(pending.age_ms >= 9000, "{pending:?}");
+    // It has had its time: from now on a look is enough.
+    let (again, took) = remove("data");
+    assert!(again.is_err() && took < Duration::from_secs(5), "{took:?}");
+
+    // A paused guest can't let go of anything.
+    let (vm, mark) = of(&definition);
+    ground.run(Step::PauseVm { vm, mark, paused: true }).unwrap();
+    assert_eq!(ground.process("web").phase, Phase::Paused);
+    assert!(remove("data").0.unwrap_err().to_string().contains("is paused"));
+    let (vm, mark) = of(&definition);
+    ground.run(Step::PauseVm { vm, mark, paused: false }).unwrap();
+    assert_eq!(ground.process("web").phase, Phase::Running);
+    ground.stop(&definition, StopHow::Forced).unwrap();
+    ground.start(&other).unwrap();
+}
+
+#[test]
+fn nics_of_several_queues_are_plugged_and_changed() {
+    private_network();
+    let ground = Ground::new();
+    let definition = ground.definition("web");
+    ground.define(&definition).unwrap();
+    ground.start(&definition).unwrap();
+    let mut nic = NicConfig::new("net0", "tap0", "52:54:00:00:00:01");
+    nic.queue_pairs = 2;
+    let add = || {
+        let (vm, mark) = of(&definition);
+        ground.run(Step::AddNic { vm, mark, nic: Box::new(nic.clone()) })
+    };
+    assert!(add().unwrap_err().to_string().contains("tap0"), "there is no tap");
+    // One that was made for another number of queues.
+    let single = tap("tap0", None);
+    create(&single).unwrap();
+    assert!(add().unwrap_err().to_string().contains("another number of queues"));
+    delete(&single).unwrap();
+    let multi = NewLink { kind: NewLinkKind::Tap { multi_queue: true }, ..tap("tap0", None) };
+    create(&multi).unwrap();
+    assert_eq!(link("tap0").kind, LinkKind::Tap { multi_queue: true });
+    add().unwrap();
+    add().unwrap();
+    assert_eq!(ground.process("web").config.nics, std::slice::from_ref(&nic));
+
+    let limits = Limits { bandwidth: Some(Bucket { per_second: 1 << 20, burst: 1 << 20 }), operations: None };
+    let (vm, mark) = of(&definition);
+    let transmit = Limits::default();
+    ground.run(Step::SetNicLimits { vm, mark, nic: "net0".to_owned(), receive: limits, transmit }).unwrap();
+    let (vm, mark) = of(&definition);
+    ground.run(Step::SetCarrier { vm, mark, nic: "net0".to_owned(), up: false }).unwrap();
+    let nic = &ground.process("web").config.nics[0];
+    assert_eq!((nic.receive_limits, nic.link_up), (limits, false));
+    // Another's VM is left alone.
+    let (vm, _) = of(&definition);
+    let mark = mark_of_another();
+    refused_as_not_ours(ground.run(Step::SetCarrier { vm, mark, nic: "net0".to_owned(), up: true }));
+    ground.stop(&definition, StopHow::Forced).unwrap();
+}
+
+fn mark_of_another() -> Mark {
+    mark(Kind::VirtualMachine, "other")
 }

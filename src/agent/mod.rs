@@ -15,10 +15,11 @@
 mod backoff;
 mod log;
 mod source;
+mod vms;
 mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -38,6 +39,7 @@ use crate::report::text;
 use backoff::{Backoff, STEADY};
 use log::Log;
 use source::{Reading, Source};
+use vms::{Heard, Vms};
 use watch::Watch;
 
 /// A burst of events is over when nothing came for so long.
@@ -84,8 +86,7 @@ struct Agent<'a> {
     signals: Signals,
     links: LinkEvents,
     watch: Watch,
-    /// The processes whose death is to be noticed.
-    vms: BTreeMap<ObjectName, OwnedFd>,
+    vms: Vms,
     declared: Option<(Declaration, Sha256)>,
     /// The source was whole when it was last read.
     source_is_good: bool,
@@ -112,7 +113,7 @@ pub fn run(host: &LinuxHost, options: Options) -> Result<(), AgentError> {
         signals,
         links,
         watch,
-        vms: BTreeMap::new(),
+        vms: Vms::default(),
         declared: None,
         source_is_good: false,
         backoff: Backoff::default(),
@@ -371,7 +372,7 @@ impl Agent<'_> {
         self.watch.refresh(&pools);
     }
 
-    /// A descriptor for each VM that runs, so that its death is an event.
+    /// Watches each declared VM that runs, so that what becomes of it is an event.
     fn watch_vms(&mut self) {
         let Some((declaration, _)) = &self.declared else { return };
         let declared: BTreeSet<&ObjectName> = declaration
@@ -381,14 +382,33 @@ impl Agent<'_> {
             .filter(|id| id.kind == Kind::VirtualMachine)
             .map(|id| &id.name)
             .collect();
-        self.vms.retain(|name, _| declared.contains(name));
-        for name in declared {
-            if !self.vms.contains_key(name)
-                && let Ok(Some(fd)) = self.host.vm_watch(name)
-            {
-                self.vms.insert(name.clone(), fd);
+        let heard = self.vms.refresh(self.host, &declared);
+        self.hear(heard);
+    }
+
+    /// Takes in what VMs have told. True: the host is to be looked at.
+    fn hear(&mut self, heard: Vec<(ObjectName, Heard)>) -> bool {
+        let mut due = false;
+        for (name, news) in heard {
+            let id = ObjectId::new(Kind::VirtualMachine, name);
+            match news {
+                Heard::Ended => due = true,
+                Heard::Condition(condition) => {
+                    self.log.say(&format!("! {id}: {:?}: {}", condition.kind, condition.message));
+                }
+                Heard::Over { kind, device } => {
+                    let device = device.map(|device| format!(" of {device}")).unwrap_or_default();
+                    self.log.say(&format!("{id}: {kind:?}{device} is over"));
+                }
+                Heard::Unplugged { device } => {
+                    self.log.say(&format!("{id}: the guest has let go of {device}"));
+                    // What waited for it need not wait for the next try.
+                    self.backoff.succeeded(&id);
+                    due = true;
+                }
             }
         }
+        due
     }
 
     fn note_event(&mut self, now: Instant) {
@@ -406,21 +426,11 @@ impl Agent<'_> {
             }
         };
         let touched = self.watch.drain().unwrap_or(watch::Touched { source: true, pools: true });
-        let dead = self.dead_vms();
-        self.due.host |= links || touched.pools || dead;
+        let heard = self.vms.drain();
+        let vms = self.hear(heard);
+        self.due.host |= links || touched.pools || vms;
         self.due.source |= touched.source;
-        links || touched.pools || touched.source || dead
-    }
-
-    /// Forgets the watches of processes that have ended. True: there were some.
-    fn dead_vms(&mut self) -> bool {
-        let before = self.vms.len();
-        self.vms.retain(|_, fd| {
-            let mut fds = [PollFd::new(fd, PollFlags::IN)];
-            let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-            !matches!(poll(&mut fds, Some(&now)), Ok(1..))
-        });
-        self.vms.len() != before
+        links || touched.pools || touched.source || vms
     }
 
     /// Until something is due.
@@ -472,7 +482,7 @@ impl Agent<'_> {
             PollFd::from_borrowed_fd(self.links.as_fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(self.watch.as_fd(), PollFlags::IN),
         ];
-        fds.extend(self.vms.values().map(|fd| PollFd::new(fd, PollFlags::IN)));
+        fds.extend(self.vms.poll_fds());
         // Rounded up, so as not to wake just before the time.
         let timeout = timeout + Duration::from_micros(500);
         let timeout =

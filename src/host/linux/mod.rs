@@ -42,7 +42,8 @@ use super::error::ObserveError;
 use super::snapshot::Snapshot;
 use super::{Host, Lane, Scope, Step, StepError};
 use crate::name::ObjectName;
-use crate::vmm::client::{Control, ControlError};
+use crate::vmm::client::{Control, ControlError, Watch};
+use crate::vmm::protocol::Condition;
 
 /// This machine, or the part of it that is in the calling thread's network namespace.
 pub struct LinuxHost {
@@ -74,6 +75,16 @@ impl LinuxHost {
     /// A descriptor that becomes readable when the VM's process ends. `None`: none runs.
     pub fn vm_watch(&self, vm: &ObjectName) -> Result<Option<OwnedFd>, ObserveError> {
         Ok(self.vms.watch(vm)?.map(OwnedFd::from))
+    }
+
+    /// What the VM's process tells of itself from now on. `None`: none runs.
+    pub fn vm_events(&self, vm: &ObjectName) -> Result<Option<Watch>, ObserveError> {
+        self.vms.events(vm)
+    }
+
+    /// What is not as it should be with the VM, and lasts; nothing if it doesn't run.
+    pub fn vm_conditions(&self, vm: &ObjectName) -> Result<Vec<Condition>, ObserveError> {
+        self.vms.conditions(vm)
     }
 
     /// A connection to the VM's process, for its console and events. `None`: none runs.

@@ -10,8 +10,8 @@ use crate::host::error::{ObserveError, StepError};
 use crate::host::snapshot::VmDefinition;
 use crate::host::step::{Step, StopHow};
 use crate::name::{Mark, ObjectName};
-use crate::vmm::client::{Control, ControlError};
-use crate::vmm::protocol::Verb;
+use crate::vmm::client::{Control, ControlError, Watch};
+use crate::vmm::protocol::{Condition, Verb};
 
 /// A guest that is still booting doesn't hear the power button: it is pressed again.
 const PRESS_INTERVAL: Duration = Duration::from_secs(5);
@@ -62,6 +62,24 @@ impl Vms {
             Ok(None) => Ok(None),
             Err(error) => Err(failed(error.into())),
         }
+    }
+
+    pub fn events(&self, vm: &ObjectName) -> Result<Option<Watch>, ObserveError> {
+        let failed = |error: LookError| ObserveError::new(format!("watch the VM {vm}"), error);
+        let Some(control) = self.look(vm).map_err(failed)? else { return Ok(None) };
+        control.watch().map(Some).map_err(|error| failed(error.into()))
+    }
+
+    pub fn conditions(&self, vm: &ObjectName) -> Result<Vec<Condition>, ObserveError> {
+        let failed = |error: LookError| ObserveError::new(format!("ask the process of the VM {vm}"), error);
+        let Some(control) = self.look(vm).map_err(failed)? else { return Ok(Vec::new()) };
+        Ok(control.state().map_err(|error| failed(error.into()))?.conditions)
+    }
+
+    /// A connection for looking only, which doesn't wait long.
+    fn look(&self, vm: &ObjectName) -> Result<Option<Control>, LookError> {
+        let Some(directory) = self.place(vm).socket_directory()? else { return Ok(None) };
+        Ok(vm_process::connect(&directory, LOOK_TIMEOUT)?)
     }
 
     /// A connection to a VM of ours that runs.
