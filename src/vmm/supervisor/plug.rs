@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 
 use super::{Supervisor, answer};
-use crate::vmm::config::{DiskConfig, NicConfig};
+use crate::vmm::config::{BootConfig, DiskConfig, NicConfig};
 use crate::vmm::device::block::Block;
 use crate::vmm::device::net::{Net, NicFiles};
 use crate::vmm::machine::MachineError;
@@ -92,6 +92,10 @@ impl Supervisor {
     pub(super) fn remove_device(&mut self, device: &str) -> Response {
         if !self.machine.can_hotplug() {
             return refused("a machine of kind micro keeps the devices that it started with");
+        }
+        // A reset reads the kernel from it again.
+        if matches!(&self.config.boot, BootConfig::Disk(boot) if boot.disk == device) {
+            return refused(format!("the VM boots from {device}: it keeps it until it boots from another"));
         }
         if !self.machine.ask_to_eject(device) {
             // Gone already, or never there: the same to who wants it gone.
