@@ -44,6 +44,7 @@ struct Options {
     timeout_s: u64,
     quiet: bool,
     micro: bool,
+    metrics: bool,
     power_button: bool,
     program: PathBuf,
 }
@@ -81,6 +82,7 @@ fn options() -> Options {
             "--timeout" => options.timeout_s = value().parse().unwrap(),
             "--program" => options.program = value().into(),
             "--micro" => options.micro = true,
+            "--metrics" => options.metrics = true,
             "--quiet" => options.quiet = true,
             "--power-button" => options.power_button = true,
             other => panic!("unknown option {other}"),
@@ -153,6 +155,9 @@ fn boot(options: &Options) {
             println!("{text}");
         }
         println!("launched {} ms, seen {} ms", launched.as_millis(), took.as_millis());
+        if options.metrics {
+            println!("{}", serde_json::to_string(&vm.control().metrics().unwrap()).unwrap());
+        }
     }
     // A guest may not listen yet: a person would press again.
     for _ in 0..if options.power_button { 10 } else { 0 } {
