@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
 
 use arbitrary::{Arbitrary as _, Unstructured};
-use vmctl::vmm::config::{BalloonConfig, DiskConfig, DiskFormat, NicConfig, VsockConfig};
+use vmctl::vmm::config::{BalloonConfig, DiskConfig, DiskFormat, NicConfig, PageKind, VsockConfig};
 use vmctl::vmm::device::ThreadStart;
 use vmctl::vmm::device::balloon::Balloon;
 use vmctl::vmm::device::block::Block;
@@ -117,14 +117,14 @@ pub fn block_read_only(data: &[u8]) {
 }
 
 pub fn entropy(data: &[u8]) {
-    drive(Entropy::new(&no_filter()).expect("a device"), data, &mut |_, _| {});
+    drive(Entropy::new(Default::default(), &no_filter()).expect("a device"), data, &mut |_, _| {});
 }
 
 /// The same device over PCI, so that the fuzzer gets at the transport's registers, the configuration space
 /// and the MSI-X table with a device behind them.
 pub fn virtio_pci(data: &[u8]) {
     let memory = memory();
-    let entropy = Entropy::new(&no_filter()).expect("a device");
+    let entropy = Entropy::new(Default::default(), &no_filter()).expect("a device");
     let mut transport = Pci::new(entropy, memory.clone());
     Driver::new(&mut transport, memory).run(&operations(data), &mut |_, _| {});
 }
@@ -164,7 +164,8 @@ pub fn vsock(data: &[u8]) {
 
 pub fn balloon(data: &[u8]) {
     let config = BalloonConfig { target_bytes: 1 << 16, free_page_reporting: true, deflate_on_oom: true };
-    let balloon = Balloon::new(config, LOW_BYTES + HIGH_BYTES, &no_filter()).expect("a device");
+    let balloon =
+        Balloon::new(config, LOW_BYTES + HIGH_BYTES, PageKind::Small, &no_filter()).expect("a device");
     let handle = balloon.handle();
     drive(balloon, data, &mut |pages, _| {
         let _ = handle.set_target_bytes(4096 * u64::from(pages));

@@ -269,7 +269,7 @@ impl Machine {
         let memory = memory();
         for slot in 1..=FUNCTIONS {
             let (address, gsi) = (layout::pci_bar_address(slot), layout::pci_first_gsi(slot));
-            let device = Box::new(Entropy::new(&no_filter()).expect("a device"));
+            let device = Box::new(Entropy::new(Default::default(), &no_filter()).expect("a device"));
             let transport = PciTransport::new(device, memory.clone(), Routes::new(gsi), address, gsi);
             let transport = transport.expect("a transport");
             let (doorbells, wanted) = (transport.doorbells(), transport.bar().expect("a BAR"));

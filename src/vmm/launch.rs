@@ -18,6 +18,7 @@ use super::client::LAUNCH_TIMEOUT;
 use super::config::{BootConfig, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, QUEUES_MAX, VCPUS_MAX, VmConfig};
 use super::console::{LOG_BYTES_MAX, Log};
 use super::device::net::NicFiles;
+use super::device::vsock::VsockFiles;
 use super::exit;
 use super::machine::{Built, MachineError, MachineFiles, source_of};
 use super::packet::{self, PacketError};
@@ -150,7 +151,9 @@ fn shut_in(launch: &mut Received, born: &mut Born) -> Result<(), LaunchFailure> 
 
 /// The machine, its threads, each with its own filter, and the guest's first instruction.
 fn build(launch: Received, born: &Born, mode: sandbox::Mode) -> Result<Supervisor, LaunchFailure> {
-    let Received { config, files, missing, .. } = launch;
+    let Received { config, mut files, missing, .. } = launch;
+    let vsock = files.vsock_listener.take().zip(files.vsock.take());
+    files.machine.vsock = vsock.map(|(listener, directory)| VsockFiles { listener, directory });
     let termination = sandbox::block_signals().map_err(io("block signals"))?;
     vcpu::install_kick_handler().map_err(io("install the kick's signal handler"))?;
     let filters = Filters::enter_building(mode)?;
@@ -175,6 +178,9 @@ fn build(launch: Received, born: &Born, mode: sandbox::Mode) -> Result<Superviso
     Ok(supervisor)
 }
 
+/// Those below are taken: the hypervisor, loopback, the host.
+const VSOCK_CID_MIN: u32 = 3;
+
 /// Trust in the launcher goes only so far: this is what the rest of the program takes for granted.
 fn check(config: &VmConfig) -> Result<(), LaunchFailure> {
     let fail = |message: String| Err(LaunchFailure::Config(message));
@@ -186,6 +192,11 @@ fn check(config: &VmConfig) -> Result<(), LaunchFailure> {
         return fail(format!(
             "{memory} bytes of memory: not a multiple of 1 MiB between {MEMORY_BYTES_MIN} and {MEMORY_BYTES_MAX}"
         ));
+    }
+    if let Some(vsock) = config.vsock
+        && vsock.cid < VSOCK_CID_MIN
+    {
+        return fail(format!("the vsock context id {}: it starts at {VSOCK_CID_MIN}", vsock.cid));
     }
     let devices = config.disks.len() + config.nics.len();
     let devices_max = config.machine.devices_max();
@@ -213,6 +224,7 @@ struct Files {
     console_log: Option<OwnedFd>,
     /// Replaced by its place in the new root.
     vsock: Option<OwnedFd>,
+    vsock_listener: Option<OwnedFd>,
     cgroup: Cgroup,
     user: Option<OwnedFd>,
 }
@@ -253,6 +265,11 @@ impl Files {
             };
             nics.push(NicFiles { taps, vhosts });
         }
+        let vsock = match config.vsock {
+            Some(_) => Some((take(FdRole::VsockListener)?, take(FdRole::Vsock)?)),
+            None => None,
+        };
+        let (vsock_listener, vsock) = vsock.unzip();
         let boot = match &config.boot {
             BootConfig::Kernel(boot) => Some(BootFiles {
                 kernel: File::from(take(FdRole::Kernel)?),
@@ -262,11 +279,12 @@ impl Files {
             BootConfig::Disk(_) => None,
         };
         let files = Self {
-            machine: MachineFiles { kvm: take(FdRole::Kvm)?, boot, disks, nics },
+            machine: MachineFiles { kvm: take(FdRole::Kvm)?, boot, disks, nics, vsock: None },
             control: take(FdRole::Control)?,
             exit_record: take(FdRole::ExitRecord)?,
             console_log: take(FdRole::ConsoleLog).ok(),
-            vsock: if config.vsock.is_some() { take(FdRole::Vsock).ok() } else { None },
+            vsock,
+            vsock_listener,
             user: take(FdRole::User).ok(),
             cgroup,
         };

@@ -9,6 +9,7 @@
 //!  0x0009_fc00  ├──────────────────────────────┤
 //!               │ (reserved, still RAM)        │
 //!               │ 0xe_0000 ACPI: RSDP, tables  │
+//!               │ 0xf_0000 generation id       │
 //!               │ 0xf_fff0 reset vector        │
 //!  0x0010_0000  ├──────────────────────────────┤
 //!               │ kernel, at its own address   │
@@ -45,6 +46,8 @@ pub const CMDLINE_BYTES_MAX: usize = 0x1_0000;
 pub const LOW_RAM_END: u64 = 0x9_fc00;
 pub const ACPI_START: u64 = 0xe_0000;
 pub const ACPI_END: u64 = 0xf_0000;
+/// A page of its own, for [`crate::vmm::generation_id`].
+pub const GENERATION_ID: u64 = 0xf_0000;
 /// Where a BIOS starts: the processor's reset vector, as real mode reaches it.
 pub const RESET_VECTOR: u64 = 0xf_fff0;
 pub const KERNEL_MIN: u64 = 0x10_0000;
@@ -72,11 +75,14 @@ pub const KVM_TSS: usize = 0xfffb_d000;
 
 pub const SERIAL_PORT: u16 = 0x3f8;
 pub const SERIAL_PORTS: u16 = 8;
+pub const PVPANIC_PORT: u16 = 0x505;
+pub const PVPANIC_PORTS: u16 = 1;
 
 /// Global system interrupts: inputs of the one IO-APIC, all edge-triggered.
 pub const SERIAL_GSI: u32 = 4;
 pub const POWER_BUTTON_GSI: u32 = 5;
 pub const PCI_HOTPLUG_GSI: u32 = 6;
+pub const GENERATION_ID_GSI: u32 = 7;
 pub const VIRTIO_FIRST_GSI: u32 = 8;
 pub const IO_APIC_INPUTS: u32 = 24;
 /// Messages have the GSIs behind the IO-APIC's: so many for each slot.

@@ -74,8 +74,11 @@ pub enum FdRole {
         nic: String,
         pair: u16,
     },
-    /// A directory with the VM's vsock sockets: a listening `vsock` for the host's connections.
+    /// The directory in which a guest's connection to port P of the host finds `vsock_<P>`: a path alone
+    /// (O_PATH). The process binds it into its root, which holds nothing else.
     Vsock,
+    /// A bound, not yet listening, `SOCK_STREAM` socket for the host's connections to the guest.
+    VsockListener,
     /// The directory of the VM's cgroup (version 2): the process is born in it.
     Cgroup,
     /// `cgroup.procs` of the VM's cgroup in one hierarchy (version 1): the process moves there.
@@ -158,6 +161,11 @@ pub enum Verb {
     },
     SetBalloon {
         target_bytes: u64,
+    },
+    /// The guest's state was cloned or taken back: it gets another VMGenID, in the form of a UUID, and is
+    /// told. Needs a machine that was started with one.
+    SetGenerationId {
+        id: String,
     },
     /// Answered with [`Response::Metrics`].
     Metrics,

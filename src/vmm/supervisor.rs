@@ -298,7 +298,15 @@ impl Supervisor {
                 self.ejected(slot);
                 self.settle()
             }
-            MachineEvent::GuestPanicked { .. } => Ok(()),
+            MachineEvent::GuestPanicked { dumps: true } => {
+                let message = "the guest's kernel crashed and goes on, perhaps to write its dump";
+                let event = self.conditions.raise(ConditionKind::GuestPanicked, None, message);
+                self.announce(event);
+                Ok(())
+            }
+            MachineEvent::GuestPanicked { dumps: false } => {
+                Err(End::new(ExitReason::GuestPanicked, "the guest's kernel crashed"))
+            }
         }
     }
 
@@ -320,6 +328,9 @@ impl Supervisor {
         self.booted = Instant::now();
         // The write that waited for room went with the guest that asked for it.
         let over = self.conditions.clear_all(ConditionKind::DiskFull);
+        self.announce(over);
+        // So did the kernel that crashed.
+        let over = self.conditions.clear_all(ConditionKind::GuestPanicked);
         self.announce(over);
         if self.phase == Phase::Running {
             self.machine.resume()?;
@@ -422,7 +433,14 @@ impl Supervisor {
                 config.link_up = up;
                 handle.set_link(up)
             }),
-            Verb::SetBalloon { .. } => Response::Error { message: "this machine can't do that".into() },
+            Verb::SetBalloon { target_bytes } => self.set_balloon(target_bytes),
+            Verb::SetGenerationId { id } => {
+                let response = answer(self.machine.set_generation_id(&id));
+                if response == Response::Done {
+                    self.config.generation_id = Some(id);
+                }
+                response
+            }
             Verb::ConsoleAttach { replay_bytes } => {
                 self.clients.attach_console(client, replay_bytes, &self.signals.output);
                 return Ok(());
@@ -460,6 +478,17 @@ impl Supervisor {
             disk_capacity_bytes: self.machine.disk_capacity_bytes(),
             conditions: self.conditions.list(),
         }
+    }
+
+    fn set_balloon(&mut self, target_bytes: u64) -> Response {
+        let (Some(balloon), Some(config)) = (self.machine.balloon(), &mut self.config.balloon) else {
+            return Response::Error { message: "this VM has no balloon".into() };
+        };
+        let response = answer(balloon.set_target_bytes(target_bytes));
+        if response == Response::Done {
+            config.target_bytes = target_bytes;
+        }
+        response
     }
 
     fn metrics(&self) -> Metrics {

@@ -7,7 +7,7 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
-use super::{Devices, OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes, pci};
+use super::{Devices, OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes, generation_id, pci, pvpanic};
 use crate::vmm::layout;
 use crate::vmm::power;
 
@@ -32,13 +32,17 @@ pub(super) struct GenericEvent {
     pub action: Vec<u8>,
 }
 
-pub(super) fn build(devices: Devices) -> Vec<u8> {
+pub(super) fn build(devices: Devices, generation_id: bool) -> Vec<u8> {
     let mut dsdt = Sdt::new(*b"DSDT", HEADER_BYTES, REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     let mut aml = Vec::new();
     soft_off(&mut aml);
     let mut scope = Vec::new();
     let mut events = vec![power_button(&mut scope)];
     serial_port(&mut scope);
+    pvpanic::pvpanic(&mut scope);
+    if generation_id {
+        events.push(generation_id::generation_id(&mut scope));
+    }
     match devices {
         Devices::Mmio { slots } => (0..slots).for_each(|slot| virtio(slot, &mut scope)),
         Devices::Pci => events.push(pci::host_bridge(&mut scope)),

@@ -7,7 +7,9 @@
 //! guest runs.
 
 mod dsdt;
+mod generation_id;
 mod pci;
+mod pvpanic;
 
 use acpi_tables::Aml;
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
@@ -47,13 +49,23 @@ pub enum Devices {
     Pci,
 }
 
-/// Writes all tables for a machine with vCPUs of these APIC ids and these devices; gives the address of
-/// the RSDP.
-pub fn write_tables(memory: &GuestMemory, apic_ids: &[u8], devices: Devices) -> Result<u64, AcpiError> {
+/// What the tables say.
+#[derive(Clone, Copy, Debug)]
+pub struct Tables<'a> {
+    /// Of the vCPUs.
+    pub apic_ids: &'a [u8],
+    pub devices: Devices,
+    /// Whether there is a generation id.
+    pub generation_id: bool,
+}
+
+/// Writes all tables; gives the address of the RSDP.
+pub fn write_tables(memory: &GuestMemory, tables: Tables<'_>) -> Result<u64, AcpiError> {
+    let Tables { apic_ids, devices, generation_id } = tables;
     let mut writer = Writer { memory, next: layout::ACPI_START };
     // The RSDP comes first, at the start of the area that a kernel also searches.
     let rsdp = writer.reserve(Rsdp::len() as u64)?;
-    let dsdt = writer.append(&dsdt::build(devices))?;
+    let dsdt = writer.append(&dsdt::build(devices, generation_id))?;
     let fadt = writer.append(&bytes(&fadt(dsdt)))?;
     let madt = writer.append(&bytes(&madt(apic_ids)))?;
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
@@ -144,7 +156,9 @@ mod tests {
     }
 
     fn check_tables(memory: &GuestMemory, devices: Devices) {
-        let rsdp = write_tables(memory, &(0..16).collect::<Vec<_>>(), devices).unwrap();
+        let apic_ids: Vec<u8> = (0..16).collect();
+        let rsdp =
+            write_tables(memory, Tables { apic_ids: &apic_ids, devices, generation_id: true }).unwrap();
         let sum = |start: u64, length: usize| {
             let mut table = vec![0; length];
             memory.read_slice(&mut table, GuestAddress(start)).unwrap();

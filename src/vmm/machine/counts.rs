@@ -7,7 +7,7 @@ use crate::vmm::vcpu::{self, VcpuHandle};
 impl Machine {
     /// What was counted so far. No vCPU is stopped, no device asked.
     pub fn metrics(&self) -> Metrics {
-        Metrics {
+        let mut metrics = Metrics {
             vcpus: self.vcpus.iter().map(VcpuHandle::metrics).collect(),
             disks: self.disks.iter().map(|disk| (disk.name.clone(), disk.handle.metrics())).collect(),
             nics: self.nics.iter().map(|nic| (nic.name.clone(), nic.handle.metrics())).collect(),
@@ -16,6 +16,8 @@ impl Machine {
                 run_us: vcpu::clock_us(libc::CLOCK_PROCESS_CPUTIME_ID),
             },
             ..Default::default()
-        }
+        };
+        self.fixed.count(&mut metrics);
+        metrics
     }
 }

@@ -22,8 +22,10 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 mod backplane;
 mod counts;
+mod fixed;
 
 use self::backplane::{Backplane, Buses, Class};
+use self::fixed::Fixed;
 use crate::vmm::acpi::{self, AcpiError};
 use crate::vmm::boot::{BootError, BootFiles, BootSource, DiskLoader, Entry};
 use crate::vmm::bus::{Bus, BusError};
@@ -32,9 +34,10 @@ use crate::vmm::console::Output;
 use crate::vmm::cpu::topology::Topology;
 use crate::vmm::cpu::{self, CpuError};
 use crate::vmm::device::ThreadStart;
+use crate::vmm::device::balloon::{BalloonError, BalloonHandle};
 use crate::vmm::device::block::{Block, BlockError, BlockHandle};
-use crate::vmm::device::entropy::Entropy;
 use crate::vmm::device::net::{Net, NetError, NetHandle, NicFiles};
+use crate::vmm::device::vsock::VsockFiles;
 use crate::vmm::event::{EventSender, MachineEvent};
 use crate::vmm::gate::{Gate, Order};
 use crate::vmm::layout;
@@ -87,6 +90,12 @@ pub enum MachineError {
     Disk(#[source] BlockError),
     #[error("{0}: {source}", source = source_of(.0))]
     Nic(#[source] NetError),
+    #[error("{0}")]
+    Balloon(#[source] BalloonError),
+    #[error("{0:?} is no generation id: a UUID is wanted")]
+    GenerationId(String),
+    #[error("this machine was started without a generation id")]
+    NoGenerationId,
     #[error("every slot for a device is taken")]
     NoFreeSlot,
     #[error("the vCPUs did not obey within {} s", OBEY_TIMEOUT.as_secs())]
@@ -122,6 +131,8 @@ pub struct MachineFiles {
     pub disks: Vec<(OwnedFd, Vec<OwnedFd>)>,
     /// In the order of `config.nics`.
     pub nics: Vec<NicFiles>,
+    /// If there is one in the configuration.
+    pub vsock: Option<VsockFiles>,
 }
 
 /// What the event loop listens to.
@@ -152,6 +163,7 @@ pub struct Machine {
     backplane: Backplane,
     disks: Vec<Plugged<BlockHandle>>,
     nics: Vec<Plugged<NetHandle>>,
+    fixed: Fixed,
     power_button: EventFd,
     interrupt_chips: Vec<kvm_irqchip>,
     /// Where devices say what the event loop must know.
@@ -199,6 +211,7 @@ impl Built {
         let events_wake = Arc::new(eventfd()?);
         let sender = EventSender { queue, wake: events_wake.clone() };
         let backplane = Backplane::new(config.machine, vm.clone(), memory.clone(), &buses, sender.clone())?;
+        let fixed = Fixed::new(config, &vm, &buses, sender.clone())?;
         let gate = Arc::new(Gate::new(config.vcpus.into()));
         let shared = Shared { gate: gate.clone(), pio: buses.pio, mmio: buses.mmio, events: sender.clone() };
         let topology = Topology::new(&config.cpu, config.vcpus)?;
@@ -216,11 +229,13 @@ impl Built {
             backplane,
             disks: Vec::new(),
             nics: Vec::new(),
+            fixed,
             power_button,
             interrupt_chips,
             events: sender,
         };
         machine.add_devices(config, files.disks, files.nics, start)?;
+        machine.fixed.add_devices(config, files.vsock, &mut machine.backplane, start)?;
         machine.boot = Some(machine.boot_source(&config.boot, files.boot, start)?);
         let entry = machine.load()?;
         let (output, input_wanted) = serial_signals;
@@ -247,7 +262,13 @@ impl Built {
 impl Machine {
     /// Puts everything that a guest starts from into its memory.
     fn load(&self) -> Result<Entry, MachineError> {
-        let rsdp = acpi::write_tables(&self.memory, &self.apic_ids, self.backplane.acpi())?;
+        let tables = acpi::Tables {
+            apic_ids: &self.apic_ids,
+            devices: self.backplane.acpi(),
+            generation_id: self.fixed.has_generation_id(),
+        };
+        let rsdp = acpi::write_tables(&self.memory, tables)?;
+        self.fixed.load(&self.memory)?;
         let boot = self.boot.as_ref().ok_or(BootError::NoKernel)?;
         let entry = boot.load(&self.memory, self.memory_bytes, rsdp)?;
         cpu::entry::write_gdt(&self.memory, entry).map_err(BootError::Memory)?;
@@ -305,6 +326,7 @@ impl Machine {
         }
         self.backplane.reset();
         lock(&self.serial).reset();
+        self.fixed.reset();
         // Nothing of the guest runs now, nor does a device touch its memory.
         memory::clear(&self.memory)?;
         for chip in &self.interrupt_chips {
@@ -360,7 +382,16 @@ impl Machine {
         self.nics.iter().find(|nic| nic.name == name).map(|nic| &nic.handle)
     }
 
-    /// Disks first, then NICs, then the rest: the order in which the guest finds and names them.
+    pub fn balloon(&self) -> Option<&BalloonHandle> {
+        self.fixed.balloon()
+    }
+
+    /// See [`crate::vmm::protocol::Verb::SetGenerationId`].
+    pub fn set_generation_id(&mut self, id: &str) -> Result<(), MachineError> {
+        self.fixed.set_generation_id(&self.memory, id)
+    }
+
+    /// Disks first, then NICs: the order in which the guest finds and names them.
     fn add_devices(
         &mut self,
         config: &VmConfig,
@@ -377,8 +408,6 @@ impl Machine {
             let net = Net::new(nic, files, start).map_err(MachineError::Nic)?;
             self.insert_nic(&nic.name, net)?;
         }
-        let entropy = Entropy::new(start).map_err(io("start the entropy device's thread"))?;
-        self.backplane.insert(Class::Fixed, Box::new(entropy))?;
         Ok(())
     }
 

@@ -254,7 +254,7 @@ fn odd_accesses_do_nothing() {
 
 #[test]
 fn random_bytes_differ_and_are_bounded() {
-    let mut driver = Driver::new(Entropy::new(&sandbox_hook()).unwrap());
+    let mut driver = Driver::new(Entropy::new(Default::default(), &sandbox_hook()).unwrap());
     driver.start(1 << 29);
     let mut seen = std::collections::BTreeSet::new();
     for _ in 0..100 {

@@ -49,7 +49,7 @@ fn guest() -> Guest {
     let (bus, unconnected) = (Arc::new(Bus::new()), Arc::new(Unconnected));
     let bars = Arc::new(BarMap::new(bus.clone(), unconnected.clone()));
     let root = Arc::new(Mutex::new(PciRoot::new(bars.clone())));
-    let entropy = Entropy::new(&sandbox_hook()).unwrap();
+    let entropy = Entropy::new(Default::default(), &sandbox_hook()).unwrap();
     let transport = PciTransport::new(Box::new(entropy), memory.clone(), unconnected, BAR, 100).unwrap();
     let (doorbells, wanted) = (transport.doorbells(), transport.bar().unwrap());
     assert_eq!((wanted, doorbells.len()), (Bar { address: BAR, decoding: true }, 1));

@@ -10,9 +10,9 @@
 //! - **Free page reporting**: the guest names free pages as it goes, and keeps them.
 //! - **Statistics**: the guest tells of its memory every [`STATISTICS_INTERVAL`].
 //!
-//! Whatever the guest names, it can lose nothing but its own memory: see [`memory::discard`]. On
-//! hugetlbfs pages only whole ones can be given back, and a balloon of 4 KiB pages rarely frees one;
-//! free page reporting, whose ranges are 2 MiB and more in Linux, does.
+//! Whatever the guest names, it can lose nothing but its own memory: see [`memory::discard`]. Huge pages
+//! of the host's pool are never given back: then a balloon takes memory from the guest and gives the
+//! host none.
 //!
 //! [`memory::discard`]: crate::vmm::memory::discard
 
@@ -30,7 +30,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 
 use self::service::BalloonService;
 use super::worker::{Mailbox, ThreadRole, ThreadStart, Worker};
-use crate::vmm::config::BalloonConfig;
+use crate::vmm::config::{BalloonConfig, PageKind};
 use crate::vmm::metrics::BalloonCounters;
 use crate::vmm::transport::{ActivateError, Activation, VirtioDevice};
 
@@ -105,7 +105,16 @@ pub struct BalloonHandle {
 }
 
 impl Balloon {
-    pub fn new(config: BalloonConfig, memory_bytes: u64, hook: &ThreadStart) -> Result<Self, BalloonError> {
+    /// `pages`: what guest memory is made of.
+    pub fn new(
+        config: BalloonConfig,
+        memory_bytes: u64,
+        pages: PageKind,
+        hook: &ThreadStart,
+    ) -> Result<Self, BalloonError> {
+        // Huge pages stay: reports would only keep the guest busy.
+        let free_page_reporting = config.free_page_reporting && pages == PageKind::Small;
+        let config = BalloonConfig { free_page_reporting, ..config };
         Self::with_interval(config, memory_bytes, hook, STATISTICS_INTERVAL)
     }
 

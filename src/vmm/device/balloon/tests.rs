@@ -172,7 +172,7 @@ fn the_reporting_queue_is_found_by_either_count() {
     for (features, unused, reporting) in
         [(ALL, &[3][..], 4), (PAGE_REPORTING, &[3, 4], 2), (PAGE_REPORTING, &[2, 3], 4)]
     {
-        let balloon = Balloon::new(config(), MEMORY_BYTES, &sandbox_hook()).unwrap();
+        let balloon = Balloon::new(config(), MEMORY_BYTES, PageKind::Small, &sandbox_hook()).unwrap();
         let mut driver = Driver::new(balloon);
         driver.negotiate(features);
         driver.set_up_queues();
@@ -206,7 +206,13 @@ fn a_new_target_is_announced_and_outlives_a_reset() {
     assert_eq!((config_field(&mut driver, 0), config_field(&mut driver, 4)), (2560, 0));
     assert_eq!(handle.counters().target_bytes.get(), 10 << 20);
     assert!(
-        Balloon::new(BalloonConfig { target_bytes: 1, ..config() }, MEMORY_BYTES, &sandbox_hook()).is_err()
+        Balloon::new(
+            BalloonConfig { target_bytes: 1, ..config() },
+            MEMORY_BYTES,
+            PageKind::Small,
+            &sandbox_hook()
+        )
+        .is_err()
     );
 }
 
@@ -228,9 +234,11 @@ fn only_what_is_configured_is_offered() {
         [(false, false, STATS_VQ), (true, false, STATS_VQ | PAGE_POISON | PAGE_REPORTING), (true, true, ALL)]
     {
         let config = BalloonConfig { target_bytes: 0, free_page_reporting, deflate_on_oom };
-        let balloon = Balloon::new(config, MEMORY_BYTES, &sandbox_hook()).unwrap();
+        let balloon = Balloon::new(config, MEMORY_BYTES, PageKind::Small, &sandbox_hook()).unwrap();
         assert_eq!(balloon.features(), features);
     }
+    let huge = Balloon::new(config(), MEMORY_BYTES, PageKind::Huge2Mi, &sandbox_hook()).unwrap();
+    assert_eq!(huge.features(), STATS_VQ | DEFLATE_ON_OOM);
 }
 
 #[test]

@@ -7,10 +7,9 @@
 //! ```
 //!
 //! The VM process may open nothing by path, but `connect` to a Unix socket takes nothing else. So the
-//! thread of this device, and it alone, has that directory for its working directory
-//! ([`enter`]): its paths are single names, its filter forbids to open or to change anything, and the
-//! launcher passes the directory as a mount of its own where it can, so that `..` leads nowhere. No
-//! broker, no mount in the process's own empty root, and no path is known to the process at all.
+//! thread of this device, and it alone, has that directory for its working directory ([`enter`]): its
+//! paths are single names, its filter forbids to open or to change anything, and what is above the
+//! directory is the sandbox's empty root. No broker, which would be one more process to trust.
 
 use std::collections::BTreeMap;
 use std::io;
