@@ -25,6 +25,7 @@ mod vm_place;
 mod vm_process;
 mod vm_start;
 pub mod vm_usage;
+mod vm_vsock;
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;

@@ -7,6 +7,7 @@
 //! | `<state>/vms/<name>/console.log` | its console's output, bounded by the VM process |
 //! | `<state>/vms/<name>/hold` | there while `vmctl stop` holds it down |
 //! | `<run>/vms/<name>/control.sock` | the VM process's socket; a dead one is no VM |
+//! | `<run>/vms/<name>/vsock/` | its vsock's sockets, see [`super::vm_vsock`] |
 //! | `<run>/vms/<name>/exit.json` | how the process ended; empty while it runs, or if it was killed |
 //!
 //! Disks are not here, and nothing here ever removes one.
@@ -29,6 +30,7 @@ const DEFINITION: &str = "definition.json";
 const CONSOLE_LOG: &str = "console.log";
 const HOLD: &str = "hold";
 const SOCKET: &str = "control.sock";
+const VSOCK: &str = "vsock";
 const EXIT: &str = "exit.json";
 /// A file that isn't in its place yet; the next writer replaces it.
 const NEW: &str = ".new";
@@ -178,6 +180,10 @@ impl VmPlace {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(error) => Err(named(&path, error)),
         }
+    }
+
+    pub fn vsock_directory(&self) -> PathBuf {
+        self.run.join(VSOCK)
     }
 
     pub fn console_log_path(&self) -> PathBuf {

@@ -16,6 +16,7 @@ use super::storage;
 use super::tap::{self, AttachError};
 use super::vm_place::VmPlace;
 use super::vm_process::{self, LOOK_TIMEOUT, chain};
+use super::vm_vsock;
 use crate::host::error::StepError;
 use crate::host::snapshot::{Capability, VmDefinition};
 use crate::name::{LinkName, Mark, ObjectName};
@@ -75,6 +76,13 @@ pub fn start(
     // First all that can fail without a trace.
     let (mut roles, mut fds) = open_files(&definition.config, &what)?;
     open_taps(definition, &what, &mut roles, &mut fds)?;
+    let uid = uid(vm);
+    if definition.config.vsock.is_some() {
+        let files = vm_vsock::make(&place.vsock_directory(), uid)
+            .map_err(|error| failed(&format!("make its vsock's sockets: {error}")))?;
+        roles.extend([FdRole::Vsock, FdRole::VsockListener]);
+        fds.extend([files.directory, files.listener]);
+    }
     roles.push(FdRole::ExitRecord);
     fds.push(place.new_exit_record().map_err(|error| failed(&error))?.into());
     roles.push(FdRole::Control);
@@ -84,7 +92,6 @@ pub fn start(
     roles.push(FdRole::ConsoleLog);
     fds.push(console_log.into());
 
-    let uid = uid(vm);
     let launch = Launch {
         version: VERSION,
         config: definition.config.clone(),
