@@ -20,7 +20,9 @@ use vmctl::host::snapshot::{CpuShare, LinkKind, RunStrategy, Vm, VmDefinition, V
 use vmctl::host::step::{NewLink, NewLinkKind, Step, StopHow};
 use vmctl::host::{Host as _, Scope};
 use vmctl::name::{Kind, Mark, ObjectName};
-use vmctl::vmm::config::{BootConfig, Bucket, DiskConfig, DiskFormat, Limits, NicConfig, VmConfig};
+use vmctl::vmm::config::{
+    BootConfig, Bucket, DiskConfig, DiskFormat, Limits, NicConfig, VmConfig, VsockConfig,
+};
 use vmctl::vmm::protocol::{ConditionKind, Phase, Verb};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_vmctl-vmm");
@@ -223,6 +225,30 @@ fn a_stop_waits_for_the_guest_and_then_does_not() {
     ground.stop(&definition, StopHow::Graceful { timeout_ms: 400 }).unwrap();
     assert!(begin.elapsed() >= Duration::from_millis(400));
     assert!(ground.vm("slow").process.is_none());
+}
+
+#[test]
+fn a_vsock_has_a_directory_that_outlives_the_process() {
+    use std::os::unix::fs::MetadataExt as _;
+    let ground = Ground::new();
+    let mut definition = ground.definition("talker");
+    definition.config.vsock = Some(VsockConfig { cid: 1000 });
+    ground.define(&definition).unwrap();
+    let directory = ground.directory.join("run/vms/talker/vsock");
+    for _ in 0..2 {
+        ground.start(&definition).unwrap();
+        let metadata = std::fs::metadata(&directory).unwrap();
+        let group = vm_uid(&vm_name(&definition));
+        assert_eq!((metadata.uid(), metadata.gid(), metadata.mode() & 0o7777), (0, group, 0o2710));
+        // This guest has no driver: the process accepts, and hangs up.
+        let mut stream = std::os::unix::net::UnixStream::connect(directory.join("vsock")).unwrap();
+        assert_eq!(std::io::Read::read(&mut stream, &mut [0]).unwrap(), 0);
+        ground.stop(&definition, StopHow::Forced).unwrap();
+        let refused = std::os::unix::net::UnixStream::connect(directory.join("vsock")).unwrap_err();
+        assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+    }
+    ground.undefine(&definition).unwrap();
+    assert!(!directory.exists());
 }
 
 #[test]

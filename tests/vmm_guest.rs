@@ -12,8 +12,10 @@ use std::time::Duration;
 use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
 use support::{RunningVm, Vm, guest, memfd};
 use vmctl::vmm::client::{Control, ControlError, LaunchError};
-use vmctl::vmm::config::{DiskConfig, DiskFormat};
-use vmctl::vmm::protocol::{Event, ExitReason, ExitRecord, FdRole, PACKET_BYTES_MAX, Phase, Response, Verb};
+use vmctl::vmm::config::{BalloonConfig, DiskConfig, DiskFormat, MachineKind};
+use vmctl::vmm::protocol::{
+    ConditionKind, Event, ExitReason, ExitRecord, FdRole, PACKET_BYTES_MAX, Phase, Response, Verb,
+};
 
 fn program() -> &'static Path {
     Path::new(env!("CARGO_BIN_EXE_vmctl-vmm"))
@@ -48,6 +50,90 @@ fn a_guest_prints_and_powers_off() {
     assert_eq!(reason(vm.wait()), ExitReason::GuestPowerOff);
     assert_eq!(vm.log(), "boot1\n");
     assert!(matches!(Control::connect(&vm.control_path()), Err(ControlError::Absent { .. })));
+}
+
+#[test]
+fn a_guest_that_panics_ends_and_one_that_dumps_goes_on() {
+    let vm = start(small());
+    let watch = vm.control().watch().unwrap();
+    let mut console = vm.console();
+    console.expect("boot1\n");
+    console.type_in("d");
+    console.expect("D");
+    let event = watch.next(Duration::from_secs(5)).unwrap();
+    assert!(
+        matches!(&event, Some(Event::Condition(condition)) if condition.kind == ConditionKind::GuestPanicked),
+        "{event:?}"
+    );
+    assert_eq!(vm.control().state().unwrap().conditions.len(), 1);
+    // The kernel that crashed goes with a reset, and what is said of it.
+    console.type_in("r");
+    console.expect("boot1\n");
+    assert_eq!(vm.control().state().unwrap().conditions, []);
+    console.type_in("p");
+    assert_eq!(reason(vm.wait()), ExitReason::GuestPanicked);
+}
+
+#[test]
+fn balloon_vsock_and_generation_id_are_there_when_configured() {
+    for machine in [MachineKind::Micro, MachineKind::Pci] {
+        let mut vm = small();
+        let id = "00112233-4455-6677-8899-aabbccddeeff".to_owned();
+        let config = &mut vm.launch.config;
+        config.machine = machine;
+        config.balloon =
+            Some(BalloonConfig { target_bytes: 1 << 20, free_page_reporting: true, deflate_on_oom: true });
+        config.generation_id = Some(id);
+        let directory = vm.vsock(3);
+        let vm = start(vm);
+        vm.console().expect("boot1\n");
+        let control = vm.control();
+        control.command(&Verb::SetBalloon { target_bytes: 8 << 20 }).unwrap();
+        let metrics = control.metrics().unwrap();
+        let balloon = metrics.balloon.unwrap();
+        // This guest has no driver.
+        assert_eq!((balloon.target_bytes, balloon.actual_bytes), (8 << 20, 0));
+        assert_eq!(metrics.vsock.unwrap().connections, 0);
+        let mut host = std::os::unix::net::UnixStream::connect(directory.join("vsock")).unwrap();
+        assert_eq!(host.read(&mut [0]).unwrap(), 0, "nobody serves the guest's side");
+        for refused in [
+            Verb::SetBalloon { target_bytes: 33 << 20 },
+            Verb::SetBalloon { target_bytes: 1 },
+            Verb::SetGenerationId { id: "none".into() },
+        ] {
+            assert!(matches!(control.command(&refused), Err(ControlError::Refused(_))), "{refused:?}");
+        }
+        let other = "ffffffff-4455-6677-8899-aabbccddeeff".to_owned();
+        control.command(&Verb::SetGenerationId { id: other.clone() }).unwrap();
+        let config = control.state().unwrap().config;
+        assert_eq!((config.balloon.unwrap().target_bytes, config.generation_id), (8 << 20, Some(other)));
+        control.command(&Verb::Stop).unwrap();
+        assert_eq!(reason(vm.wait()), ExitReason::Stopped);
+    }
+}
+
+#[test]
+fn what_is_not_configured_cannot_be_commanded() {
+    let vm = start(small());
+    let control = vm.control();
+    for verb in [
+        Verb::SetBalloon { target_bytes: 0 },
+        Verb::SetGenerationId { id: "00112233-4455-6677-8899-aabbccddeeff".into() },
+    ] {
+        assert!(matches!(control.command(&verb), Err(ControlError::Refused(_))), "{verb:?}");
+    }
+    let metrics = control.metrics().unwrap();
+    assert_eq!((metrics.balloon, metrics.vsock), (None, None));
+    let mut vm = small();
+    vm.vsock(2);
+    assert!(refused(vm).contains("context id"));
+    let mut vm = small();
+    vm.launch.config.generation_id = Some("1".into());
+    assert!(refused(vm).contains("UUID"));
+    let mut vm = small();
+    vm.launch.config.balloon =
+        Some(BalloonConfig { target_bytes: 64 << 20, free_page_reporting: false, deflate_on_oom: false });
+    assert!(refused(vm).contains("balloon"));
 }
 
 #[test]

@@ -6,7 +6,8 @@
 //! ```text
 //!   q power off      r reset by ACPI      c reset by 0xcf9     k reset by the keyboard controller
 //!   t triple fault   h halt for ever      s print by rep outsb o print 4 KiB of dots
-//!   n read a port and an address where nothing is             else echo
+//!   n read a port and an address where nothing is             p say to pvpanic that it crashed
+//!   d say to pvpanic that it crashed and writes a dump        else echo
 //! ```
 
 use std::arch::global_asm;
@@ -55,6 +56,10 @@ global_asm!(
     "    je vmctl_guest_dots",
     "    cmp al, 'n'",
     "    je vmctl_guest_nothing",
+    "    cmp al, 'p'",
+    "    je vmctl_guest_panic",
+    "    cmp al, 'd'",
+    "    je vmctl_guest_dump",
     "    call vmctl_guest_putc",
     "    jmp vmctl_guest_loop",
     "vmctl_guest_off:",
@@ -119,6 +124,22 @@ global_asm!(
     "    jne vmctl_guest_stray",
     "    mov dword ptr [0xd00ff000], 1",
     "    mov al, 'N'",
+    "    call vmctl_guest_putc",
+    "    jmp vmctl_guest_loop",
+    // What a driver does: it says only what is understood.
+    "vmctl_guest_panic:",
+    "    mov dx, 0x505",
+    "    in al, dx",
+    "    and al, 1",
+    "    out dx, al",
+    "    jmp vmctl_guest_stray",
+    "vmctl_guest_dump:",
+    "    mov dx, 0x505",
+    "    in al, dx",
+    "    and al, 2",
+    "    out dx, al",
+    "    out dx, al",
+    "    mov al, 'D'",
     "    call vmctl_guest_putc",
     "    jmp vmctl_guest_loop",
     "vmctl_guest_puts:",

@@ -1,6 +1,7 @@
 //! Starts VM processes as the host layer does, for tests and the boot example.
 #![allow(dead_code, reason = "each test binary uses its own part of this")]
 
+pub mod cpio;
 pub mod guest;
 pub mod script;
 
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use vmctl::vmm::client::{self, Console, Control, LaunchError};
-use vmctl::vmm::config::{BootConfig, DiskBoot, DiskConfig, NicConfig, VmConfig};
+use vmctl::vmm::config::{BootConfig, DiskBoot, DiskConfig, NicConfig, VmConfig, VsockConfig};
 use vmctl::vmm::protocol::{ExitRecord, FdRole, Launch, VERSION};
 
 /// Nobody, if the test runs as root.
@@ -148,6 +149,22 @@ impl Vm {
         self
     }
 
+    /// A vsock device; gives the directory of its sockets.
+    pub fn vsock(&mut self, cid: u32) -> PathBuf {
+        use rustix::fs::{Mode, OFlags};
+        let directory = self.dir.join("vsock");
+        std::fs::create_dir(&directory).unwrap();
+        let listener =
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+                .unwrap();
+        rustix::net::bind(&listener, &SocketAddrUnix::new(directory.join("vsock")).unwrap()).unwrap();
+        let path = rustix::fs::open(&directory, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap();
+        self.launch.config.vsock = Some(VsockConfig { cid });
+        self.pass(FdRole::VsockListener, listener);
+        self.pass(FdRole::Vsock, path);
+        directory
+    }
+
     pub fn launch(mut self, program: &Path) -> Result<RunningVm, LaunchError> {
         let fds = std::mem::take(&mut self.fds);
         let pid = client::launch(program, &self.launch, fds)?;
@@ -268,6 +285,12 @@ impl Session {
     pub fn type_in(&self, text: &str) {
         self.console.write(text.as_bytes()).unwrap();
     }
+}
+
+/// Lets the VM's user connect to a socket of ours.
+pub fn let_connect(socket: &Path) {
+    use std::os::unix::fs::PermissionsExt as _;
+    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o666)).unwrap();
 }
 
 /// Opens an existing tap as the host layer does: with a vnet header, without packet information.
