@@ -1,8 +1,9 @@
-//! qcow2 images that somebody else made.
+//! Images that somebody else made: qcow2, and disks to be booted.
 
 use std::os::fd::OwnedFd;
 
 use arbitrary::{Arbitrary, Unstructured};
+use crc::{CRC_32_ISO_HDLC, Crc};
 use vmctl::host::linux::storage::header;
 use vmctl::vmm::config::{DiskConfig, DiskFormat};
 use vmctl::vmm::device::block::Block;
@@ -54,4 +55,47 @@ pub fn qcow2_header(data: &[u8]) {
     // With the file's true length, and however much is needed.
     let file = memory_file(prefix);
     header::of_file(&file, prefix.len() as u64).expect("a read from memory");
+}
+
+/// A disk's sectors that aren't zero: after their count (16 bits) each with its number (16 bits).
+fn sparse_disk(data: &[u8]) -> Vec<u8> {
+    const SECTOR: usize = 512;
+    let Some((sectors, records)) = data.split_first_chunk::<2>() else { return Vec::new() };
+    let mut disk = vec![0; usize::from(u16::from_le_bytes(*sectors)) * SECTOR];
+    for record in records.chunks(2 + SECTOR) {
+        let Some((number, content)) = record.split_first_chunk::<2>() else { break };
+        let at = usize::from(u16::from_le_bytes(*number)) * SECTOR;
+        if let Some(place) = disk.get_mut(at..at + content.len()) {
+            place.copy_from_slice(content);
+        }
+    }
+    disk
+}
+
+/// Makes the checksums of a GPT right, for else no change would ever be looked at.
+fn seal_gpt(disk: &mut [u8]) {
+    const HEADER: std::ops::Range<usize> = 512..512 + 92;
+    if !disk.get(HEADER).is_some_and(|header| header.starts_with(b"EFI PART")) {
+        return;
+    }
+    let number =
+        |disk: &[u8], at: usize| u32::from_le_bytes([disk[at], disk[at + 1], disk[at + 2], disk[at + 3]]);
+    let crc = Crc::<u32>::new(&CRC_32_ISO_HDLC);
+    let (count, bytes) = (number(disk, 512 + 80) as usize, number(disk, 512 + 84) as usize);
+    let length = count.saturating_mul(bytes).min(128 * 128);
+    if let Some(entries) = disk.get(1024..1024 + length) {
+        let sum = crc.checksum(entries);
+        disk[512 + 88..512 + 92].copy_from_slice(&sum.to_le_bytes());
+    }
+    disk[512 + 16..512 + 20].fill(0);
+    let sum = crc.checksum(&disk[HEADER]);
+    disk[512 + 16..512 + 20].copy_from_slice(&sum.to_le_bytes());
+}
+
+/// GPT and MBR, ext4 and FAT, grub.cfg, BLS, extlinux and unified kernels: whatever is found is read.
+pub fn boot_disk(data: &[u8]) {
+    let mut disk = sparse_disk(data);
+    seal_gpt(&mut disk);
+    // An error is a good answer.
+    let _ = vmctl::vmm::boot::disk::search_bytes(&disk);
 }

@@ -26,5 +26,6 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("pci_bus", pci::bus),
     ("qcow2_image", images::qcow2_image),
     ("qcow2_header", images::qcow2_header),
+    ("boot_disk", images::boot_disk),
     ("control", messages::control),
 ];
