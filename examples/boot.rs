@@ -13,6 +13,7 @@
 //!   --power-button  press the power button once --until was seen
 //!   --timeout S     of each wait    --quiet   don't show the console
 //!   --repeat N      boot so many times, print each time
+//!   --interactive   standard input is typed
 //!   --program FILE  the vmctl-vmm to start (default: beside this program's folder)
 //! ```
 
@@ -20,6 +21,7 @@
 mod support;
 
 use std::fs::File;
+use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -45,6 +47,7 @@ struct Options {
     quiet: bool,
     micro: bool,
     metrics: bool,
+    interactive: bool,
     power_button: bool,
     program: PathBuf,
 }
@@ -83,6 +86,7 @@ fn options() -> Options {
             "--program" => options.program = value().into(),
             "--micro" => options.micro = true,
             "--metrics" => options.metrics = true,
+            "--interactive" => options.interactive = true,
             "--quiet" => options.quiet = true,
             "--power-button" => options.power_button = true,
             other => panic!("unknown option {other}"),
@@ -148,6 +152,9 @@ fn boot(options: &Options) {
     });
     let launched = start.elapsed();
     let mut console = vm.console();
+    if options.interactive {
+        type_what_comes(&vm);
+    }
     if let Some(until) = &options.until {
         let text = console.expect_within(until, timeout);
         let took = start.elapsed();
@@ -182,7 +189,11 @@ fn boot(options: &Options) {
         while Instant::now() < deadline {
             match console.console.read(&mut buffer, Duration::from_secs(1)).unwrap() {
                 Some(0) => break,
-                Some(length) if !options.quiet => print!("{}", String::from_utf8_lossy(&buffer[..length])),
+                Some(length) if !options.quiet => {
+                    print!("{}", String::from_utf8_lossy(&buffer[..length]));
+                    // A prompt doesn't end its line.
+                    std::io::stdout().flush().expect("print");
+                }
                 _ => {}
             }
         }
@@ -193,4 +204,15 @@ fn boot(options: &Options) {
             println!("\nstill {:?} after {} reboots", state.phase, state.reboots);
         }
     }
+}
+
+/// Types standard input into the guest, until it ends.
+fn type_what_comes(vm: &support::RunningVm) {
+    let console = vm.control().attach_console(0).expect("attach to the console");
+    std::thread::spawn(move || {
+        let (mut input, mut buffer) = (std::io::stdin(), [0; 4096]);
+        while let Ok(length @ 1..) = input.read(&mut buffer) {
+            console.write(&buffer[..length]).expect("type into the guest");
+        }
+    });
 }

@@ -14,7 +14,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use support::script::{self, Op, Script};
-use support::{RunningVm, Session, Vm, guest, memfd};
+use support::{Holdings, RunningVm, Session, Vm, guest, holdings, memfd, resident_kib};
+use vmctl::vmm::client::Control;
 use vmctl::vmm::config::{BackingConfig, BalloonConfig, DiskConfig, DiskFormat, MachineKind, NicConfig};
 use vmctl::vmm::protocol::{ExitReason, FdRole, Verb};
 
@@ -211,8 +212,8 @@ impl Writer<'_> {
 
     /// A queue's size and the addresses of its rings.
     fn rings(&mut self, device: u64, queue: u64) -> (u64, [u64; 3]) {
-        let size = self.random.one(&[1, 2, 16, 64, 256, 256, 3, 32768]);
-        let odd = self.random.below(5) == 0;
+        let size = self.random.one(&[2, 16, 16, 64, 64, 256, 256, 256, 3, 32768]);
+        let odd = self.random.below(6) == 0;
         let place = |at| if odd { self.random.address() } else { ring(device, queue) + at };
         (size, [0, 0x1000, 0x2000].map(place))
     }
@@ -229,7 +230,7 @@ impl Writer<'_> {
             self.push(Op::Store { address: base + 0x20, width: 4 });
         }
         self.write(base + 0x70, 4, 11);
-        for queue in 0..self.random.below(4) {
+        for queue in 0..1 + self.random.below(3) {
             self.write(base + 0x30, 4, queue);
             let (size, addresses) = self.rings(device, queue);
             self.write(base + 0x38, 4, size);
@@ -265,7 +266,7 @@ impl Writer<'_> {
             self.push(Op::Store { address: base + 0xc, width: 4 });
         }
         self.write(base + 0x14, 1, 11);
-        for queue in 0..self.random.below(4) {
+        for queue in 0..1 + self.random.below(3) {
             self.write(base + 0x16, 2, queue);
             let (size, addresses) = self.rings(device, queue);
             self.write(base + 0x18, 2, size);
@@ -298,6 +299,8 @@ impl Writer<'_> {
     fn fill_ring(&mut self, device: u64, queue: u64) {
         let base = ring(device, queue);
         let mut table = Vec::new();
+        // Half of the time the first chain is a whole request of a disk.
+        let whole = self.random.below(2) == 0;
         for index in 0..16u16 {
             let (address, length) = match self.random.below(3) {
                 0 => (self.random.address(), self.random.number() as u32),
@@ -308,6 +311,13 @@ impl Writer<'_> {
             };
             let flags = self.random.one(&[0u16, 1, 1, 2, 3, 4, 5, 0xffff]);
             let next = self.random.one(&[index + 1, index + 1, index, 0, u16::MAX]);
+            let data = 0x1000 * u64::from(index) + script::FREE + 0x8_0000;
+            let (address, length, flags, next) = match index {
+                0 if whole => (data, 16, 1, 1),
+                1 if whole => (data, self.random.one(&[512, 4096]), 1 | self.random.one(&[0, 2]), 2),
+                2 if whole => (data, 1, 2, 0),
+                _ => (address, length, flags, next),
+            };
             table.extend(address.to_le_bytes());
             table.extend(length.to_le_bytes());
             table.extend(flags.to_le_bytes());
@@ -498,40 +508,27 @@ fn tap() -> File {
     std::thread::spawn(make).join().unwrap()
 }
 
-/// Counts of what a process holds.
-#[derive(Debug, PartialEq, Eq)]
-struct Holdings {
-    fds: usize,
-    threads: usize,
-}
-
-fn holdings(pid: i32) -> Option<Holdings> {
-    let count = |what: &str| Some(std::fs::read_dir(format!("/proc/{pid}/{what}")).ok()?.count());
-    Some(Holdings { fds: count("fd")?, threads: count("task")? })
-}
-
-fn resident_kib(pid: i32) -> Option<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;
-    line.split_whitespace().nth(1)?.parse().ok()
-}
-
 /// What was seen of a run.
 #[derive(Default)]
 struct Seen {
     slowest_answer: Duration,
     largest_kib: u64,
+    /// Requests that devices took from their rings, as far as they were counted before the end.
+    requests: u64,
 }
 
 fn ask(vm: &RunningVm, seen: &mut Seen) {
     let begin = Instant::now();
     // A process that ends meanwhile says why in its record.
-    let answered =
-        vmctl::vmm::client::Control::connect(&vm.control_path()).and_then(|control| control.state());
+    let answered = Control::connect(&vm.control_path()).and_then(|control| control.state());
     assert!(answered.is_ok() || vm.wait_for(ANSWER_MAX).is_some(), "no answer: {answered:?}");
     let took = begin.elapsed();
     assert!(took < ANSWER_MAX, "an answer took {took:?}");
     seen.slowest_answer = seen.slowest_answer.max(took);
+    if let Ok(metrics) = Control::connect(&vm.control_path()).and_then(|control| control.metrics()) {
+        let disks: u64 = metrics.disks.values().map(|disk| disk.reads + disk.writes + disk.errors).sum();
+        seen.requests = seen.requests.max(disks);
+    }
     if let Some(kib) = resident_kib(vm.pid) {
         seen.largest_kib = seen.largest_kib.max(kib);
     }
@@ -604,11 +601,13 @@ fn attack_many(machine: MachineKind) {
         *ends.entry(end.map_or("stopped by us".into(), |end| format!("{end:?}"))).or_default() += 1;
         worst.slowest_answer = worst.slowest_answer.max(seen.slowest_answer);
         worst.largest_kib = worst.largest_kib.max(seen.largest_kib);
+        worst.requests += seen.requests;
     }
     assert_eq!(holdings(neighbour_vm.pid), before, "the neighbour");
+    assert!(worst.requests > 0, "no attack got as far as a device's ring");
     println!(
-        "{machine:?}: {ends:?}; slowest answer {:?}, most resident {} KiB",
-        worst.slowest_answer, worst.largest_kib
+        "{machine:?}: {ends:?}; {} disk requests, slowest answer {:?}, most resident {} KiB",
+        worst.requests, worst.slowest_answer, worst.largest_kib
     );
 }
 

@@ -320,3 +320,28 @@ pub fn open_tap_queue(name: &str, multi_queue: bool) -> File {
 pub fn open_vhost() -> File {
     File::options().read(true).write(true).open("/dev/vhost-net").expect("/dev/vhost-net")
 }
+
+/// Counts of what a process holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Holdings {
+    pub fds: usize,
+    /// Those that the kernel makes for io_uring come and go on their own, and are not counted.
+    pub threads: usize,
+}
+
+/// `None`: there is no such process.
+pub fn holdings(pid: i32) -> Option<Holdings> {
+    let entries = |what: &str| std::fs::read_dir(format!("/proc/{pid}/{what}")).ok();
+    let kernels = |task: &std::fs::DirEntry| {
+        std::fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name.starts_with("iou-"))
+    };
+    let threads = entries("task")?.flatten().filter(|task| !kernels(task)).count();
+    Some(Holdings { fds: entries("fd")?.count(), threads })
+}
+
+/// The resident memory of a process.
+pub fn resident_kib(pid: i32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;
+    line.split_whitespace().nth(1)?.parse().ok()
+}

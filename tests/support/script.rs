@@ -205,6 +205,8 @@ global_asm!(
     "    jmp vs_done",
     "vs_out:",
     "    mov edx, edi",
+    "    cmp byte ptr [rsi + 2], 0",
+    "    cmovne eax, r15d",
     "    movzx ecx, byte ptr [rsi + 1]",
     "    cmp cl, 2",
     "    jb 3f",
@@ -356,6 +358,11 @@ pub enum Op {
         width: u8,
         value: u32,
     },
+    /// Writes the accumulator to a port.
+    Forward {
+        port: u16,
+        width: u8,
+    },
     In {
         port: u16,
         width: u8,
@@ -428,6 +435,8 @@ fn encode(op: &Op, data_at: u64) -> [u8; OPERATION_BYTES] {
         Op::Write { address, width, value } => (1, width, 0, address, value, 0),
         Op::Read { address, width } => (2, width, 0, address, 0, 0),
         Op::Out { port, width, value } => (3, width, 0, port.into(), value.into(), 0),
+        // A flag beside the operation says that the value is the accumulator.
+        Op::Forward { port, width } => (3, width, 0, port.into(), 0, 0),
         Op::In { port, width } => (4, width, 0, port.into(), 0, 0),
         Op::Store { address, width } => (5, width, 0, address, 0, 0),
         Op::Branch { mask, value, target } => (6, 0, 0, target as u64, value, mask),
@@ -444,6 +453,7 @@ fn encode(op: &Op, data_at: u64) -> [u8; OPERATION_BYTES] {
     let mut bytes = [0; OPERATION_BYTES];
     bytes[0] = code;
     bytes[1] = width;
+    bytes[2] = matches!(op, Op::Forward { .. }).into();
     bytes[4..8].copy_from_slice(&count.to_le_bytes());
     bytes[8..16].copy_from_slice(&address.to_le_bytes());
     bytes[16..24].copy_from_slice(&value.to_le_bytes());
