@@ -4,6 +4,8 @@
 #[path = "support/guest.rs"]
 #[allow(dead_code, reason = "other tests use the rest of it")]
 mod guest;
+#[path = "support/inject.rs"]
+mod inject;
 #[path = "support/host.rs"]
 mod support;
 
@@ -15,7 +17,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, Signal};
 use support::*;
 use vmctl::host::error::StepError;
-use vmctl::host::linux::{LinuxHost, vm_uid};
+use vmctl::host::linux::{LinuxHost, cgroup, vm_uid};
 use vmctl::host::snapshot::{CpuShare, LinkKind, RunStrategy, Vm, VmDefinition, VmProcess};
 use vmctl::host::step::{NewLink, NewLinkKind, Step, StopHow};
 use vmctl::host::{Host as _, Scope};
@@ -616,4 +618,126 @@ fn nics_of_several_queues_are_plugged_and_changed() {
 
 fn mark_of_another() -> Mark {
     mark(Kind::VirtualMachine, "other")
+}
+
+/// The cgroup of a process by controller, as the kernel shows it in `/proc`.
+fn cgroup_of(pid: i32, controller: &str) -> String {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    let one = |line: &str| {
+        let fields: Vec<_> = line.splitn(3, ':').map(str::to_owned).collect();
+        fields[1].split(',').any(|found| found == controller).then(|| fields[2].clone())
+    };
+    let two = || text.lines().find_map(|line| line.strip_prefix("0::")).unwrap().to_owned();
+    text.lines().find_map(one).unwrap_or_else(two)
+}
+
+/// The directory of that cgroup, in whichever way this host has them mounted.
+fn cgroup_directory(pid: i32, controller: &str) -> PathBuf {
+    let path = cgroup_of(pid, controller);
+    let roots = [controller, "cpu,cpuacct", ""].map(|name| format!("/sys/fs/cgroup/{name}{path}"));
+    let found = roots.iter().map(PathBuf::from).find(|path| path.is_dir());
+    found.unwrap_or_else(|| panic!("{path} of {controller} is nowhere"))
+}
+
+/// What the first of these files says that is there.
+fn cgroup_value(pid: i32, controller: &str, files: &[&str]) -> String {
+    let directory = cgroup_directory(pid, controller);
+    let text = files.iter().find_map(|file| std::fs::read_to_string(directory.join(file)).ok());
+    text.unwrap_or_else(|| panic!("none of {files:?} in {}", directory.display())).trim().to_owned()
+}
+
+#[test]
+fn each_vm_has_a_cgroup_and_a_user_of_its_own() {
+    assert_eq!(cgroup::lacking(), None);
+    let ground = Ground::new();
+    let names = ["one", "two"];
+    let definitions = names.map(|name| ground.definition(name));
+    for definition in &definitions {
+        ground.define(definition).unwrap();
+        ground.start(definition).unwrap();
+    }
+    let pids = names.map(|name| ground.process(name).pid);
+    let ours = std::process::id() as i32;
+    let mut directories = Vec::new();
+    for (name, pid) in names.iter().zip(pids) {
+        for controller in ["memory", "cpu", "pids"] {
+            let path = cgroup_of(pid, controller);
+            assert!(path.contains(&format!("/vmctl/{name}.")), "{controller}: {path}");
+            assert_ne!(path, cgroup_of(ours, controller));
+        }
+        // 32 MiB of the guest, an eighth for what is about it, 128 MiB for the process and its page cache.
+        let memory = cgroup_value(pid, "memory", &["memory.max", "memory.limit_in_bytes"]);
+        assert_eq!(memory, ((32 + 4 + 128) << 20).to_string());
+        assert_eq!(cgroup_value(pid, "pids", &["pids.max"]), "512");
+        assert_eq!(cgroup::share(pid).unwrap(), Some(CpuShare::default()));
+        let changed = CpuShare { weight: 333, quota_percent: Some(50) };
+        let (vm, mark) = (ObjectName::parse(name).unwrap(), mark(Kind::VirtualMachine, name));
+        ground.run(Step::SetCpuShare { vm, mark, share: changed }).unwrap();
+        assert_eq!(cgroup::share(pid).unwrap(), Some(changed));
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        assert!(
+            status.contains(&format!("Uid:\t{}\t", vm_uid(&ObjectName::parse(name).unwrap()))),
+            "{status}"
+        );
+        directories.push(cgroup_directory(pid, "cpu"));
+    }
+    assert_eq!(cgroup::share(ours).unwrap(), None);
+    assert!(cgroup::set_share(ours, CpuShare::default()).is_err(), "only VMs are touched");
+
+    // One is stopped, the other is killed, and so is whoever would have cleaned up.
+    ground.stop(&definitions[0], StopHow::Forced).unwrap();
+    assert!(!directories[0].exists(), "{}", directories[0].display());
+    let other = Pid::from_raw(pids[1]).unwrap();
+    rustix::process::kill_process(other, Signal::KILL).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while directories[1].exists() {
+        assert!(Instant::now() < deadline, "a look leaves {}", directories[1].display());
+        assert!(ground.vm("two").definition.is_some());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    // What is left of one is taken over by the next.
+    std::fs::create_dir(&directories[1]).ok();
+    ground.start(&definitions[1]).unwrap();
+    assert_eq!(cgroup::share(ground.process("two").pid).unwrap(), Some(CpuShare::default()));
+}
+
+#[test]
+fn two_hosts_never_give_one_user_twice() {
+    // The same name in two places: the same first choice, and both run.
+    let (here, there) = (Ground::new(), Ground::at(scratch("other"), PROGRAM));
+    let uids: Vec<String> = [&here, &there]
+        .map(|ground| {
+            let definition = ground.definition("twin");
+            ground.define(&definition).unwrap();
+            ground.start(&definition).unwrap();
+            let status =
+                std::fs::read_to_string(format!("/proc/{}/status", ground.process("twin").pid)).unwrap();
+            status.lines().find(|line| line.starts_with("Uid:")).unwrap().to_owned()
+        })
+        .into();
+    assert_ne!(uids[0], uids[1]);
+}
+
+#[test]
+fn a_process_that_breaks_a_rule_dies_and_is_started_again() {
+    let ground = Ground::new();
+    let definition = ground.definition("caught");
+    ground.define(&definition).unwrap();
+    ground.start(&definition).unwrap();
+    let pid = ground.process("caught").pid;
+    let outcome = inject::Thread::stop(pid, pid).call(libc::SYS_socket, [2, 1, 0, 0, 0, 0]);
+    let expected = if std::env::var_os("VMCTL_SECCOMP").is_some_and(|mode| mode == "trap") {
+        inject::Outcome::Trapped(libc::SYS_socket)
+    } else {
+        inject::Outcome::Killed(libc::SIGSYS)
+    };
+    assert_eq!(outcome, expected);
+    if expected == inject::Outcome::Trapped(libc::SYS_socket) {
+        // The tracer kept the signal from it.
+        return;
+    }
+    let seen = ground.vm("caught");
+    assert_eq!((seen.process, seen.exit), (None, None), "neither running nor ended by itself");
+    ground.start(&definition).unwrap();
+    assert_ne!(ground.process("caught").pid, pid);
 }

@@ -12,7 +12,7 @@ use serde_json::json;
 use vmctl::execute::{Outcomes, execute};
 use vmctl::host::Host;
 use vmctl::host::sim::{Faults, SimHost};
-use vmctl::host::snapshot::{Capability, LinkKind, Snapshot};
+use vmctl::host::snapshot::{Capability, CpuShare, LinkKind, Snapshot};
 use vmctl::name::ObjectId;
 use vmctl::plan::{Plan, Policy, Removal};
 use vmctl::report::text::{self, Style};
@@ -357,6 +357,41 @@ fn settings_change_live_one_by_one() {
               interfaces[net0].linkUp  true → false                           live
               interfaces[net0].limits  none → transmit 5 packets/s (burst 9)  live
         Plan: 1 staged. Downtime: none.
+    "#]],
+    );
+}
+
+#[test]
+fn a_part_of_the_cpus_changes_live_and_is_healed() {
+    let mut objects = tutorial();
+    let host = applied(&objects);
+    vm(&mut objects, "vm1")["cpu"] = json!({"weight": 200, "quotaPercent": 150});
+    check_applies(
+        &objects,
+        &host,
+        &prune(),
+        expect![[r#"
+        ~ VirtualMachine/vm1  1 vCPU, 256Mi, 2 disks, 1 NIC
+              cpu.weight        100 → 200   live
+              cpu.quotaPercent  none → 150  live
+        Plan: 1 to update live. Downtime: none.
+    "#]],
+    );
+    // Somebody writes into its cgroup.
+    host.edit(|world| {
+        let vm = world.vms.as_mut().unwrap().values_mut().find(|vm| vm.process.is_some()).unwrap();
+        let process = vm.process.as_mut().unwrap().as_mut().unwrap();
+        assert_eq!(process.cpu_share, Some(CpuShare { weight: 200, quota_percent: Some(150) }));
+        process.cpu_share = Some(CpuShare { weight: 1, quota_percent: Some(150) });
+    });
+    check_applies(
+        &objects,
+        &host,
+        &prune(),
+        expect![[r#"
+        ~ VirtualMachine/vm1  1 vCPU, 256Mi, 2 disks, 1 NIC
+              cpu.weight  1 → 200  live
+        Plan: 1 to update live. Downtime: none.
     "#]],
     );
 }

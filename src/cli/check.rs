@@ -9,6 +9,7 @@ use super::args::Format;
 use super::error::Result;
 use super::exit::Exit;
 use super::session::{Session, is_program};
+use crate::host::linux::{capability, cgroup};
 use crate::host::snapshot::Capability;
 use crate::host::{Host, Scope};
 
@@ -91,6 +92,8 @@ fn checks(session: &Session) -> Vec<Check> {
             Some(how) => Check::bad(name, how, capability.remedy()),
         });
     }
+    checks.push(cgroups());
+    checks.push(landlock());
     checks.push(vmm(&session.vmm_program));
     checks.push(folder("state folder", &session.state_dir, "--state-dir"));
     checks.push(folder("run folder", &session.run_dir, "--run-dir"));
@@ -112,6 +115,27 @@ fn rights() -> Check {
             "run it with `sudo`; without it `validate`, `explain` and `schema` work",
         )
     }
+}
+
+fn cgroups() -> Check {
+    let name = "cgroups (limits of VMs)";
+    match cgroup::lacking() {
+        None => Check { name: name.to_owned(), ok: true, detail: None, remedy: None },
+        Some(why) => Check::bad(
+            name,
+            why,
+            "mount cgroup2 with memory, cpu and pids at /sys/fs/cgroup; in a container, delegate them. VMs run without limits",
+        ),
+    }
+}
+
+/// Not a lack: what it forbids is out of reach already.
+fn landlock() -> Check {
+    let detail = match capability::landlock_version() {
+        Some(version) => format!("version {version}, a part of each VM's sandbox"),
+        None => "not in this kernel, or off: a VM's sandbox has its other parts alone".to_owned(),
+    };
+    Check::good("Landlock", detail)
 }
 
 fn vmm(program: &Path) -> Check {

@@ -263,6 +263,8 @@ pub struct VmProcess {
     pub disk_capacity_bytes: Vec<u64>,
     /// What is not as it should be and lasts.
     pub conditions: Vec<Condition>,
+    /// What its cgroup gives it. `None`: it has none of its own.
+    pub cpu_share: Option<CpuShare>,
 }
 
 impl VmProcess {

@@ -39,7 +39,7 @@ fn attempt(test: &str) -> (bool, String) {
     let program = std::env::current_exe().unwrap();
     let file = Path::new(program.file_name().unwrap());
     let output = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/lab/run"))
-        .args(["--memory", "3G", "--timeout", TIMEOUT_S, "--with"])
+        .args(["--memory", "3G", "--timeout", TIMEOUT_S, "--env", "VMCTL_SECCOMP", "--with"])
         .arg(&program)
         .arg("--")
         .arg(Path::new("/usr/local/bin").join(file))

@@ -35,7 +35,7 @@ pub fn run_in_lab(programs: &[&str]) {
     let program = std::env::current_exe().unwrap();
     let run = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/lab/run");
     let mut command = Command::new(&run);
-    command.arg("--with").arg(&program).args(["--timeout", "300"]);
+    command.arg("--with").arg(&program).args(["--timeout", "300", "--env", "VMCTL_SECCOMP"]);
     for other in programs {
         command.args(["--with", other]);
     }

@@ -81,6 +81,17 @@ fn kvm() -> Option<String> {
     }
 }
 
+/// The version of Landlock that the kernel speaks, if it does.
+pub fn landlock_version() -> Option<i64> {
+    const LANDLOCK_CREATE_RULESET_VERSION: u32 = 1;
+    let no_rules = std::ptr::null::<libc::c_void>();
+    // SAFETY: with this flag and no attributes the call makes nothing and tells its version.
+    let version = unsafe {
+        libc::syscall(libc::SYS_landlock_create_ruleset, no_rules, 0, LANDLOCK_CREATE_RULESET_VERSION)
+    };
+    (version > 0).then_some(version)
+}
+
 /// Asks for a link that can't be.
 fn kind(name: &str, kind: InfoKind, data: InfoData) -> Option<String> {
     const MULTICAST: [u8; 6] = [1, 0, 0, 0, 0, 1];

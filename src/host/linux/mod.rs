@@ -4,6 +4,7 @@
 //! carries our mark or is not there.
 
 pub mod capability;
+pub mod cgroup;
 pub mod events;
 mod hugepages;
 mod link_failure;
@@ -25,6 +26,7 @@ mod vm_place;
 mod vm_process;
 mod vm_start;
 pub mod vm_usage;
+mod vm_user;
 mod vm_vsock;
 
 use std::collections::BTreeMap;
@@ -34,7 +36,7 @@ use std::path::{Path, PathBuf};
 pub use events::{Drained, LinkEvents};
 pub use lock::{Holder, HostLock, LockError};
 pub use ofd::has_writer;
-pub use vm_start::uid as vm_uid;
+pub use vm_user::first_choice as vm_uid;
 
 use self::storage::Storage;
 use self::vm_control::Vms;

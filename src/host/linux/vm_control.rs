@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use super::cgroup;
 use super::vm_place::{SocketDirectory, VmPlace};
 use super::vm_process::{self, HeldProcess, LOOK_TIMEOUT, LookError, chain};
 use super::vm_start::{self, require_definition};
@@ -147,6 +148,7 @@ fn stop(place: &VmPlace, vm: &ObjectName, mark: &Mark, how: StopHow) -> Result<(
             return Err(StepError::Failed { what: what(), why, hint: Some(hint) });
         }
     }
+    cgroup::sweep(&|_| false);
     let again = vm_process::connect(&directory, LOOK_TIMEOUT).map_err(|error| failed(&chain(&error)))?;
     if again.is_some() {
         return Err(failed(&"somebody started it again meanwhile"));

@@ -4,10 +4,12 @@
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::{Duration, Instant};
 
+use super::cgroup;
 use super::vm_control::Vms;
 use super::vm_process::chain;
 use super::vm_start;
 use crate::host::error::StepError;
+use crate::host::snapshot::CpuShare;
 use crate::host::step::Step;
 use crate::name::{LinkName, Mark, ObjectName};
 use crate::vmm::client::{Control, ControlError};
@@ -55,6 +57,7 @@ impl Vms {
             Step::SetBalloon { vm, mark, target_bytes } => {
                 live(vm, mark)?.command(&Verb::SetBalloon { target_bytes: *target_bytes })
             }
+            Step::SetCpuShare { vm, mark, share } => live(vm, mark)?.set_cpu_share(*share),
             Step::PauseVm { vm, mark, paused } => {
                 live(vm, mark)?.command(if *paused { &Verb::Pause } else { &Verb::Resume })
             }
@@ -107,6 +110,12 @@ impl Live<'_> {
         }
     }
 
+    /// Its process can't reach its own cgroup: this is done to it.
+    fn set_cpu_share(&self, share: CpuShare) -> Result<(), StepError> {
+        let set = self.control.peer_pid().and_then(|pid| cgroup::set_share(pid, share));
+        set.map_err(|error| self.failed(error))
+    }
+
     fn state(&self) -> Result<VmState, StepError> {
         self.control.state().map_err(|error| self.control_failed(&error))
     }
@@ -122,6 +131,10 @@ impl Live<'_> {
             None => {}
         }
         let fds = vm_start::open_disk(disk, self.what)?;
+        if fds.first().is_some_and(cgroup::lies_in_memory) {
+            let lifted = self.control.peer_pid().and_then(cgroup::lift_memory_limit);
+            lifted.map_err(|error| self.failed(error))?;
+        }
         self.command_with(&Verb::AddDisk { disk: disk.clone() }, &fds)
     }
 

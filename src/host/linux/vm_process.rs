@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, PidfdFlags, Signal};
 
+use super::cgroup;
 use super::parallel::ask_all;
 use super::vm_place::{SocketDirectory, VmPlace};
 use crate::host::error::ObserveError;
@@ -32,6 +33,11 @@ pub fn observe(state_dir: &Path, run_dir: &Path) -> Observed<BTreeMap<ObjectName
     let names =
         VmPlace::list(state_dir, run_dir).map_err(|error| ObserveError::new("list the VMs", error))?;
     let seen = ask_all(names, |name| look_at(&VmPlace::new(state_dir, run_dir, name), name))?;
+    // What a VM leaves when it is killed.
+    cgroup::sweep(&|name| {
+        let runs = |vm: &Option<Vm>| vm.as_ref().is_some_and(|vm| vm.process.is_some());
+        seen.iter().any(|(vm, found)| vm.as_str() == name && runs(found))
+    });
     Ok(seen.into_iter().filter_map(|(name, vm)| Some((name, vm?))).collect())
 }
 
@@ -110,6 +116,8 @@ fn process_facts(pid: i32, state: VmState) -> VmProcess {
         config: state.config,
         disk_capacity_bytes: state.disk_capacity_bytes,
         conditions: state.conditions,
+        // One that ends meanwhile has none any more.
+        cpu_share: cgroup::share(pid).unwrap_or_default(),
     }
 }
 

@@ -6,8 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
-use sha2::Digest as _;
-
+use super::cgroup::{self, Limits, NewCgroup};
 use super::hugepages;
 use super::links;
 use super::netlink::Netlink;
@@ -16,6 +15,7 @@ use super::storage;
 use super::tap::{self, AttachError};
 use super::vm_place::VmPlace;
 use super::vm_process::{self, LOOK_TIMEOUT, chain};
+use super::vm_user;
 use super::vm_vsock;
 use crate::host::error::StepError;
 use crate::host::snapshot::{Capability, VmDefinition};
@@ -23,20 +23,6 @@ use crate::name::{LinkName, Mark, ObjectName};
 use crate::vmm::client;
 use crate::vmm::config::{BootConfig, DiskConfig, VmConfig};
 use crate::vmm::protocol::{FdRole, Launch, VERSION};
-
-/// VM processes run as users from here to 0x7fff_ffff. No distribution gives these out (systemd leaves
-/// them alone, containers end below), and nothing on the host belongs to them.
-const UID_BASE: u32 = 0x7000_0000;
-const UID_MASK: u32 = 0x0fff_ffff;
-
-/// The user that a VM's process becomes: always the same for the same name, so that a look at the
-/// process list tells. (Among a thousand VMs two share one with a chance of 1 in 500; that costs them
-/// nothing but the difference.)
-pub fn uid(vm: &ObjectName) -> u32 {
-    let digest = sha2::Sha256::digest(vm.as_str().as_bytes());
-    let word = digest.iter().take(4).fold(0u32, |word, &byte| word << 8 | u32::from(byte));
-    UID_BASE | word & UID_MASK
-}
 
 pub fn start(
     program: &Path,
@@ -76,7 +62,8 @@ pub fn start(
     // First all that can fail without a trace.
     let (mut roles, mut fds) = open_files(&definition.config, &what)?;
     open_taps(definition, &what, &mut roles, &mut fds)?;
-    let uid = uid(vm);
+    let confined = confine(vm, definition, &mut roles, &mut fds);
+    let Confinement { uid, gid, missing, cgroup } = confined.map_err(|error| failed(&error))?;
     if definition.config.vsock.is_some() {
         let files = vm_vsock::make(&place.vsock_directory(), uid)
             .map_err(|error| failed(&format!("make its vsock's sockets: {error}")))?;
@@ -92,15 +79,12 @@ pub fn start(
     roles.push(FdRole::ConsoleLog);
     fds.push(console_log.into());
 
-    let launch = Launch {
-        version: VERSION,
-        config: definition.config.clone(),
-        uid,
-        gid: uid,
-        fds: roles,
-        missing: Vec::new(),
-    };
-    match client::launch(program, &launch, fds) {
+    let config = definition.config.clone();
+    let launch = Launch { version: VERSION, config, uid, gid, fds: roles, missing };
+    let launched = client::launch(program, &launch, fds);
+    // The process is in it now, or it is empty.
+    drop(cgroup);
+    match launched {
         Ok(_) => Ok(()),
         Err(error) => {
             // Unless a process lives after all, which is then found by it, the socket is dead.
@@ -110,6 +94,49 @@ pub fn start(
             Err(StepError::failed(what(), chain(&error)))
         }
     }
+}
+
+/// Who the process becomes, and what holds it to its part of the host.
+struct Confinement {
+    uid: u32,
+    gid: u32,
+    /// Nobody takes it for left-over as long as this is there.
+    cgroup: Option<NewCgroup>,
+    missing: Vec<String>,
+}
+
+/// A user of its own and a cgroup with limits. Root has both; another user's VMs are processes of that user.
+fn confine(
+    vm: &ObjectName,
+    definition: &VmDefinition,
+    roles: &mut Vec<FdRole>,
+    fds: &mut Vec<OwnedFd>,
+) -> io::Result<Confinement> {
+    if !rustix::process::geteuid().is_root() {
+        let (uid, gid) = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
+        let missing = vec!["a user and a cgroup of its own: only root can give them".to_owned()];
+        return Ok(Confinement { uid, gid, cgroup: None, missing });
+    }
+    let is_disk = |role: &FdRole| matches!(role, FdRole::Disk { .. });
+    let mut files = roles.iter().zip(fds.iter());
+    let in_memory = files.any(|(role, fd)| is_disk(role) && cgroup::lies_in_memory(fd));
+    let memory_bytes = cgroup::memory_max(&definition.config, in_memory);
+    let limits = Limits { memory_bytes, cpu: definition.cpu_share };
+    let user = vm_user::claim(vm)?;
+    let made = NewCgroup::make(vm, user.uid, &limits).and_then(|cgroup| Ok((cgroup.open()?, cgroup)));
+    roles.push(FdRole::User);
+    fds.push(user.hold);
+    let (cgroup, missing) = match made {
+        Ok((open, cgroup)) => {
+            for (role, fd) in open {
+                roles.push(role);
+                fds.push(fd);
+            }
+            (Some(cgroup), Vec::new())
+        }
+        Err(error) => (None, vec![format!("a cgroup with limits: {error}")]),
+    };
+    Ok(Confinement { uid: user.uid, gid: user.uid, cgroup, missing })
 }
 
 /// The definition must be there, and ours.
@@ -235,17 +262,4 @@ pub fn open_tap(
         return Err(StepError::NotOurs { what: what(), why });
     }
     tap::attach(tap, queue_pairs).map_err(|error| failed(&error))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn users_are_high_and_lasting() {
-        let web = uid(&ObjectName::parse("web").unwrap());
-        assert_eq!(web, uid(&ObjectName::parse("web").unwrap()));
-        assert_ne!(web, uid(&ObjectName::parse("db").unwrap()));
-        assert!((0x7000_0000..=0x7fff_ffff).contains(&web));
-    }
 }

@@ -41,7 +41,10 @@ impl State {
                 self.vm(vm)?.held = *held;
                 Ok(())
             }
-            Step::SetCpuShare { vm, mark, .. } => self.running(vm, mark).map(|_| ()),
+            Step::SetCpuShare { vm, mark, share } => {
+                self.running(vm, mark)?.cpu_share = Some(*share);
+                Ok(())
+            }
             Step::PauseVm { vm, mark, paused } => {
                 self.running(vm, mark)?.phase = if *paused { Phase::Paused } else { Phase::Running };
                 Ok(())
@@ -224,6 +227,7 @@ impl State {
             config: definition.config.clone(),
             disk_capacity_bytes,
             conditions: Vec::new(),
+            cpu_share: Some(definition.cpu_share),
         }));
         vm.exit = None;
         Ok(())

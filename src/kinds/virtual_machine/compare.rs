@@ -180,19 +180,21 @@ impl<'a> Compare<'a> {
         self.start_step();
     }
 
-    /// The part of the host's CPUs, which the definition remembers.
+    /// The part of the host's CPUs: of a VM that runs what its cgroup says, for somebody may have written
+    /// there, else what the definition remembers.
     pub(super) fn cpu_share(&mut self) {
         let Some(stored) = self.have.definition.as_ref().map(|definition| definition.cpu_share) else {
             return;
         };
         let want = self.definition.cpu_share;
-        if stored == want {
+        let have = self.process.and_then(|process| process.cpu_share).unwrap_or(stored);
+        if have == want {
             return;
         }
         let weight = |share: CpuShare| Some(share.weight.to_string());
         let quota = |share: CpuShare| share.quota_percent.map(|percent| percent.to_string());
         for (field, from, to) in
-            [("cpu.weight", weight(stored), weight(want)), ("cpu.quotaPercent", quota(stored), quota(want))]
+            [("cpu.weight", weight(have), weight(want)), ("cpu.quotaPercent", quota(have), quota(want))]
         {
             if from != to {
                 self.action.differs(field, from, to, Impact::Live);

@@ -13,6 +13,9 @@ use crate::vmm::config::{
 /// The highest number of a host's CPU: what Linux is built for at most.
 const HOST_CPU_MAX: u16 = 8191;
 
+/// As the kernel has it.
+const WEIGHT_MAX: u16 = 10_000;
+
 /// What the vCPUs look like, and their part of the host's CPUs.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -26,6 +29,13 @@ pub struct Cpu {
     /// For each vCPU the host's CPUs that it may run on, such as `"2"` or `"0-3,8"`: as many as `cpus`.
     /// Default: all.
     pub pinning: Option<Vec<String>>,
+    /// The VM's part of the host's CPUs when they are short, against other VMs: 1 to 10000. Default: 100.
+    #[schemars(range(min = 1, max = 10000))]
+    pub weight: Option<u16>,
+    /// The most CPU time that it gets, in percent of one of the host's CPUs: 150 is one and a half. Default:
+    /// no limit.
+    #[schemars(range(min = 1))]
+    pub quota_percent: Option<u16>,
 }
 
 /// What a guest sees of the processor.
@@ -104,7 +114,15 @@ impl Cpu {
             problems.take(&format!("/cpu/pinning/{index}"), parse_cpu_list(text)).unwrap_or_default()
         };
         let pinning = pinning.iter().enumerate().map(one).collect();
-        (CpuConfig { model, topology, pinning }, CpuShare::default())
+        let weight = self.weight.unwrap_or(CpuShare::default().weight);
+        if !(1..=WEIGHT_MAX).contains(&weight) {
+            problems.add(SpecProblem::new("/cpu/weight", format!("{weight}; it is 1 to {WEIGHT_MAX}")));
+        }
+        if self.quota_percent == Some(0) {
+            problems.add(SpecProblem::new("/cpu/quotaPercent", "0; it is 1 or more, or not given"));
+        }
+        let share = CpuShare { weight, quota_percent: self.quota_percent };
+        (CpuConfig { model, topology, pinning }, share)
     }
 }
 

@@ -56,7 +56,8 @@ pub fn rules(call: i64, profile: &Profile) -> Result<Vec<SeccompRule>, BackendEr
         libc::SYS_ioctl => {
             let requests = profile.ioctls.iter().map(|&request| equals(1, request.into()));
             let types = profile.ioctl_types.iter().map(|&kind| masked(1, 0xff00, u64::from(kind) << 8));
-            requests.chain(types).collect()
+            // The types first: KVM_RUN, of all calls, is to find its rule at once.
+            types.chain(requests).collect()
         }
         // Memory may be mapped and protected, but never be made executable.
         libc::SYS_mmap | libc::SYS_mprotect => Ok(vec![masked(2, libc::PROT_EXEC as u64, 0)?]),
