@@ -7,6 +7,7 @@ pub mod capability;
 pub mod cgroup;
 pub mod events;
 mod hugepages;
+mod kernel_cache;
 mod link_failure;
 mod link_messages;
 mod link_owner;

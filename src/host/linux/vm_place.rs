@@ -6,6 +6,7 @@
 //! | `<state>/vms/<name>/definition.json` | what `apply` defined it as |
 //! | `<state>/vms/<name>/console.log` | its console's output, bounded by the VM process |
 //! | `<state>/vms/<name>/hold` | there while `vmctl stop` holds it down |
+//! | `<state>/kernels/` | kernels uncompressed, shared by all VMs (see `kernel_cache`) |
 //! | `<run>/vms/<name>/control.sock` | the VM process's socket; a dead one is no VM |
 //! | `<run>/vms/<name>/vsock/` | its vsock's sockets, see [`super::vm_vsock`] |
 //! | `<run>/vms/<name>/exit.json` | how the process ended; empty while it runs, or if it was killed |
@@ -48,6 +49,7 @@ struct Record<T> {
 pub struct VmPlace {
     state: PathBuf,
     run: PathBuf,
+    kernels: PathBuf,
 }
 
 /// A directory held open, and a path to a socket in it that is short enough for any directory.
@@ -90,7 +92,16 @@ impl SocketDirectory {
 
 impl VmPlace {
     pub fn new(state_dir: &Path, run_dir: &Path, vm: &ObjectName) -> Self {
-        Self { state: state_dir.join("vms").join(vm.as_str()), run: run_dir.join("vms").join(vm.as_str()) }
+        Self {
+            state: state_dir.join("vms").join(vm.as_str()),
+            run: run_dir.join("vms").join(vm.as_str()),
+            kernels: state_dir.join("kernels"),
+        }
+    }
+
+    /// Where all VMs' kernels are kept uncompressed.
+    pub fn kernels(&self) -> PathBuf {
+        self.kernels.clone()
     }
 
     /// The names of all VMs that have a directory in either place.

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use super::cgroup::{self, Limits, NewCgroup};
 use super::hugepages;
+use super::kernel_cache;
 use super::links;
 use super::netlink::Netlink;
 use super::ofd::{self, Lock};
@@ -60,7 +61,7 @@ pub fn start(
     })?;
 
     // First all that can fail without a trace.
-    let (mut roles, mut fds) = open_files(&definition.config, &what)?;
+    let (mut roles, mut fds) = open_files(&definition.config, &place.kernels(), &what)?;
     open_taps(definition, &what, &mut roles, &mut fds)?;
     let confined = confine(vm, definition, &mut roles, &mut fds);
     let Confinement { uid, gid, missing, cgroup } = confined.map_err(|error| failed(&error))?;
@@ -158,13 +159,15 @@ pub fn require_definition(
 
 fn open_files(
     config: &VmConfig,
+    kernels: &Path,
     what: &dyn Fn() -> String,
 ) -> Result<(Vec<FdRole>, Vec<OwnedFd>), StepError> {
     let mut roles = vec![FdRole::Kvm];
     let mut fds = vec![open_kvm(what)?];
     if let BootConfig::Kernel(boot) = &config.boot {
         roles.push(FdRole::Kernel);
-        fds.push(open_boot_file(&boot.kernel_path, "kernel", what)?);
+        let kernel = open_boot_file(&boot.kernel_path, "kernel", what)?;
+        fds.push(kernel_cache::uncompressed(kernels, kernel.into()).into());
         if let Some(initrd) = &boot.initrd_path {
             roles.push(FdRole::Initrd);
             fds.push(open_boot_file(initrd, "initrd", what)?);
