@@ -166,8 +166,10 @@ const ATTEMPTS: &[Attempt] = &[
     attempt("x32", 0x4000_0000 | libc::SYS_getpid, [0; 6], &[]),
 ];
 
-/// The spawner makes devices: these are its work.
-const SPAWNERS: [&str; 3] = ["io_uring_setup", "another's ioctl of KVM", "guest memory elsewhere"];
+/// The spawner has the filter under which a machine is built: these are that work, huge pages of guest
+/// memory included.
+const SPAWNERS: [&str; 4] =
+    ["io_uring_setup", "another's ioctl of KVM", "guest memory elsewhere", "memfd_create"];
 
 /// A process of the host that is not the VM.
 struct Neighbour(std::process::Child);

@@ -58,8 +58,8 @@ fn a_guest_that_panics_ends_and_one_that_dumps_goes_on() {
     let watch = vm.control().watch().unwrap();
     let mut console = vm.console();
     console.expect("boot1\n");
-    console.type_in("d");
-    console.expect("D");
+    console.type_in("D");
+    console.expect("+");
     let event = watch.next(Duration::from_secs(5)).unwrap();
     assert!(
         matches!(&event, Some(Event::Condition(condition)) if condition.kind == ConditionKind::GuestPanicked),
@@ -70,7 +70,7 @@ fn a_guest_that_panics_ends_and_one_that_dumps_goes_on() {
     console.type_in("r");
     console.expect("boot1\n");
     assert_eq!(vm.control().state().unwrap().conditions, []);
-    console.type_in("p");
+    console.type_in("P");
     assert_eq!(reason(vm.wait()), ExitReason::GuestPanicked);
 }
 

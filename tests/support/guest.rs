@@ -6,8 +6,8 @@
 //! ```text
 //!   q power off      r reset by ACPI      c reset by 0xcf9     k reset by the keyboard controller
 //!   t triple fault   h halt for ever      s print by rep outsb o print 4 KiB of dots
-//!   n read a port and an address where nothing is             p say to pvpanic that it crashed
-//!   d say to pvpanic that it crashed and writes a dump        else echo
+//!   n read a port and an address where nothing is             P say to pvpanic that it crashed
+//!   D say to pvpanic that it crashed and writes a dump        else echo
 //! ```
 
 use std::arch::global_asm;
@@ -56,9 +56,9 @@ global_asm!(
     "    je vmctl_guest_dots",
     "    cmp al, 'n'",
     "    je vmctl_guest_nothing",
-    "    cmp al, 'p'",
+    "    cmp al, 'P'",
     "    je vmctl_guest_panic",
-    "    cmp al, 'd'",
+    "    cmp al, 'D'",
     "    je vmctl_guest_dump",
     "    call vmctl_guest_putc",
     "    jmp vmctl_guest_loop",
@@ -139,7 +139,7 @@ global_asm!(
     "    and al, 2",
     "    out dx, al",
     "    out dx, al",
-    "    mov al, 'D'",
+    "    mov al, '+'",
     "    call vmctl_guest_putc",
     "    jmp vmctl_guest_loop",
     "vmctl_guest_puts:",

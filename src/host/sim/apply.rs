@@ -350,7 +350,13 @@ impl State {
         };
         let directory = self.directory(&new.pool_path)?;
         match directory.files.get(&new.file) {
-            Some(have) if have.mark.as_ref() == Some(&new.mark) => return Ok(()),
+            Some(have) if have.mark.as_ref() == Some(&new.mark) => {
+                let header = &have.header;
+                return match (header.format, header.virtual_size_bytes) == (new.format, new.capacity_bytes) {
+                    true => Ok(()),
+                    false => failed(&new.file, "it exists already, of another size"),
+                };
+            }
             Some(_) => return not_ours(&new.file, "a file of this name exists and is not ours"),
             None => {}
         }
