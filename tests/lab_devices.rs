@@ -20,7 +20,7 @@ use vmctl::vmm::protocol::{ExitReason, Verb};
 
 const MIB: u64 = 1 << 20;
 /// A guest in the emulated lab takes its time.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(60);
 const BOTH: [MachineKind; 2] = [MachineKind::Micro, MachineKind::Pci];
 
 /// The lab's guest, with these of its kernel's modules and files in `/extra`.
@@ -60,7 +60,8 @@ struct Guest {
 
 impl Guest {
     fn boot(vm: Vm) -> Self {
-        let vm = vm.launch(Path::new("vmctl-vmm")).unwrap();
+        let program = output("sh", &["-c", "command -v vmctl-vmm"]);
+        let vm = vm.launch(Path::new(program.trim())).unwrap();
         let mut console = vm.console();
         console.expect_within("guest# ", PATIENCE);
         Self { vm, console }
@@ -149,7 +150,8 @@ fn a_balloon_takes_memory_and_gives_it_back() {
 
         guest.set_balloon(0);
         let again = guest.available_bytes();
-        assert!(again + 30 * MIB > available, "{available} available, then {again}");
+        // What the kernel keeps for itself differs a little each time.
+        assert!(again + 64 * MIB > available, "{available} available, then {again}");
         guest.touch(250);
         println!(
             "{machine:?}: available {} → {} → {} MiB, resident {} → {} MiB",
@@ -209,6 +211,7 @@ fn vsock_connects_both_ways() {
         support::let_connect(&directory.join("vsock_5000"));
         let server = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
             let mut said = String::new();
             stream.read_to_string(&mut said).unwrap();
             stream.write_all(format!("heard {said}").as_bytes()).unwrap();
@@ -219,9 +222,12 @@ fn vsock_connects_both_ways() {
         // Nobody listens there.
         guest.run("! /usr/bin/socat -u OPEN:/dev/null VSOCK-CONNECT:2:5001 2>/dev/null");
 
-        // From the host: an echo, with enough to fill every buffer.
-        guest.run("/usr/bin/socat -t 30 VSOCK-LISTEN:1024,fork PIPE & sleep 1");
+        // From the host: an echo, with enough to fill every buffer. (socat's own, PIPE, stands still when
+        // its pipe is nearly full.)
+        guest.run("/usr/bin/socat -t 30 VSOCK-LISTEN:1024,fork EXEC:'/bin/busybox cat' & sleep 1");
         let mut stream = UnixStream::connect(directory.join("vsock")).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_write_timeout(Some(PATIENCE)).unwrap();
         stream.write_all(b"CONNECT 1024\n").unwrap();
         let mut greeting = [0; 3];
         stream.read_exact(&mut greeting).unwrap();
