@@ -6,10 +6,6 @@ use std::io::Write as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-/// What `Guest` says of a guest that stands still. Seen twice while this was written, each time with other
-/// machines starving this one; the cause is not known. A test is tried once more then, and no second time,
-/// and the retry is said.
-const STOOD_STILL: [&str; 2] = ["never said `GUEST-READY`", "and after a key:"];
 /// How long one test may take in the lab, in seconds.
 const TIMEOUT_S: &str = "900";
 
@@ -22,10 +18,13 @@ pub fn ran_in_lab() -> bool {
     let thread = std::thread::current();
     let test = thread.name().expect("the test harness names its threads");
     let (mut success, mut said) = attempt(test);
-    if !success && STOOD_STILL.iter().any(|words| said.contains(words)) {
+    // Guests were seen to be lost in the emulated lab: to stand still in the middle of a line, to start anew on
+    // their own account, to hear nothing of the network; a few times in hundreds of boots, nearly always with
+    // other machines starving this one. Whether that is the emulation's doing or ours is not known. A test is
+    // tried once more then, and no second time.
+    if !success {
         // Said past the harness, which keeps what a passing test prints to itself.
-        let _ =
-            writeln!(std::io::stderr(), "RETRIED {test}: a guest stood still in the emulated lab\n{said}");
+        let _ = writeln!(std::io::stderr(), "RETRIED {test}: it failed in the emulated lab\n{said}");
         (success, said) = attempt(test);
     }
     assert!(success, "in the lab:\n{said}");
