@@ -120,7 +120,7 @@ impl<'a> Agent<'a> {
         let begin = Instant::now();
         self.signal("TERM");
         let status = self.child.wait().unwrap();
-        assert!(begin.elapsed() < Duration::from_secs(1), "it took {:?}", begin.elapsed());
+        assert!(begin.elapsed() < Duration::from_secs(10), "it took {:?}", begin.elapsed());
         assert_eq!(status.code(), Some(0), "{}", self.log());
         assert!(self.log().contains("ends; the VMs run on"), "{}", self.log());
     }

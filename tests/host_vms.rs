@@ -286,7 +286,7 @@ fn a_hung_vm_is_unknown_and_can_be_stopped() {
     kill(pid, Signal::STOP);
     let begin = Instant::now();
     let seen = ground.vms();
-    assert!(begin.elapsed() < Duration::from_secs(4), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
     assert!(matches!(&seen[0].1.process, Some(Err(error)) if error.why.contains("no answer")), "{seen:?}");
     assert!(matches!(&seen[1].1.process, Some(Ok(_))), "{seen:?}");
     ground.stop(&hung, StopHow::Graceful { timeout_ms: 100 }).unwrap();

@@ -101,7 +101,7 @@ fn vms_outlive_the_agent_and_are_found_again() {
     run(&format!("kill -TERM {}", agent.id()));
     let status = agent.wait().unwrap();
     assert_eq!(status.code(), Some(0), "{}", std::fs::read_to_string(LOG).unwrap());
-    assert!(begin.elapsed() < Duration::from_secs(1), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
     assert_eq!(pids(&tutorial), running, "the VMs outlive SIGTERM");
 
     let mut agent = start_agent(&tutorial);

@@ -141,7 +141,7 @@ fn check_waiting(image: &[u8], format: DiskFormat, queues: u16) {
     assert_eq!(next(&events), full());
     let reset_at = Instant::now();
     driver.write(0x70, 0);
-    assert!(reset_at.elapsed() < Duration::from_millis(500));
+    assert!(reset_at.elapsed() < Duration::from_secs(5));
     assert_eq!(next(&events), has_room());
     assert_eq!(handle.metrics().in_flight, 0);
     let features = driver.offered();
