@@ -31,6 +31,8 @@ PAYLOAD_BYTES = 4 << 30
 SCRATCH_BYTES = 16 << 30
 # A disk that is empty unless a call asks for something on it: so one saved lab serves all calls.
 EXTRA_BYTES = 4 << 30
+# The number by which QEMU knows the file of a saved lab's state.
+STATE = 1
 CONSOLE_KEPT_BYTES = 64 * 1024
 # A panic with its back-trace; fewer lines would leave out the panic itself.
 CONSOLE_SHOWN_LINES = 100
@@ -100,8 +102,8 @@ class Machine:
         try:
             self.qmp.open()
             self.qmp("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}])
-            self.qmp.give("state", state_fd)
-            self.qmp("migrate-incoming", uri="fd:state")
+            self.qmp.give(STATE, state_fd, os.O_RDONLY)
+            self.qmp("migrate-incoming", uri=f"file:/dev/fdset/{STATE}")
             while self.qmp("query-status")["status"] == "inmigrate":
                 time.sleep(0.005)
             self.qmp("cont")
@@ -114,8 +116,8 @@ class Machine:
         self.qmp("stop")
         self.qmp("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}])
         self.qmp("migrate-set-parameters", **{"max-bandwidth": 1 << 40})
-        self.qmp.give("state", state_fd)
-        self.qmp("migrate", uri="fd:state")
+        self.qmp.give(STATE, state_fd, os.O_WRONLY)
+        self.qmp("migrate", uri=f"file:/dev/fdset/{STATE}")
         while (answer := self.qmp("query-migrate")).get("status") not in ("completed", "failed"):
             time.sleep(0.01)
         if answer["status"] == "failed":
@@ -232,9 +234,13 @@ class Qmp:
             self.file = self.socket.makefile("r")
             self("qmp_capabilities")
 
-    def give(self, name, fd):
-        """Hands QEMU a file, to be named in a later command."""
-        self._ask("getfd", {"fdname": name}, [fd])
+    def give(self, number, fd, mode):
+        """Hands QEMU a file without a name, to be opened in this mode as /dev/fdset/NUMBER by a later command."""
+        again = os.open(f"/proc/self/fd/{fd}", mode)
+        try:
+            self._ask("add-fd", {"fdset-id": number}, [again])
+        finally:
+            os.close(again)
 
     def __call__(self, command, **arguments):
         return self._ask(command, arguments)

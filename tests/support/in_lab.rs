@@ -18,10 +18,8 @@ pub fn ran_in_lab() -> bool {
     let thread = std::thread::current();
     let test = thread.name().expect("the test harness names its threads");
     let (mut success, mut said) = attempt(test);
-    // Guests were seen to be lost in the emulated lab: to stand still in the middle of a line, to start anew on
-    // their own account, to hear nothing of the network; a few times in hundreds of boots, nearly always with
-    // other machines starving this one. Whether that is the emulation's doing or ours is not known. A test is
-    // tried once more then, and no second time.
+    // The emulation loses a guest now and then ("Lost guests" in tests/lab/README.md): a test is tried once more
+    // then, and no second time.
     if !success {
         // Said past the harness, which keeps what a passing test prints to itself.
         let _ = writeln!(std::io::stderr(), "RETRIED {test}: it failed in the emulated lab\n{said}");
