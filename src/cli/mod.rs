@@ -17,7 +17,9 @@ mod error;
 mod exit;
 mod explain;
 mod get;
+mod graph;
 mod interrupt;
+mod lists;
 mod logs;
 mod objects;
 mod output;
@@ -63,6 +65,7 @@ enum Command {
     Validate(validate::Command),
     Get(get::Command),
     Describe(describe::Command),
+    Graph(graph::Command),
     Delete(delete::Command),
     Start(start::Command),
     Stop(stop::Command),
@@ -72,6 +75,12 @@ enum Command {
     Console(console::Command),
     Logs(logs::Command),
     Top(top::Command),
+    List(lists::list::Command),
+    Domiflist(lists::domiflist::Command),
+    Domblklist(lists::domblklist::Command),
+    VolList(lists::vol_list::Command),
+    PoolList(lists::pool_list::Command),
+    NetList(lists::net_list::Command),
     Agent(agent::Command),
     Explain(explain::Command),
     Schema(schema::Command),
@@ -102,6 +111,13 @@ impl Command {
             Self::Check(command) => command.output == Format::Json,
             Self::Version(command) => command.output == Format::Json,
             Self::Top(command) => command.output == top::Format::Json,
+            Self::Graph(command) => command.output == graph::Format::Json,
+            Self::List(command) => command.view.output == lists::Format::Json,
+            Self::Domiflist(command) => command.view.output == lists::Format::Json,
+            Self::Domblklist(command) => command.view.output == lists::Format::Json,
+            Self::VolList(command) => command.view.output == lists::Format::Json,
+            Self::PoolList(command) => command.view.output == lists::Format::Json,
+            Self::NetList(command) => command.view.output == lists::Format::Json,
             Self::Describe(_)
             | Self::Console(_)
             | Self::Logs(_)
@@ -127,6 +143,13 @@ impl Command {
             Self::Console(command) => command.run(session),
             Self::Logs(command) => command.run(session),
             Self::Top(command) => command.run(session),
+            Self::Graph(command) => command.run(session),
+            Self::List(command) => command.run(session),
+            Self::Domiflist(command) => command.run(session),
+            Self::Domblklist(command) => command.run(session),
+            Self::VolList(command) => command.run(session),
+            Self::PoolList(command) => command.run(session),
+            Self::NetList(command) => command.run(session),
             Self::Agent(command) => command.run(session),
             Self::Explain(command) => command.run(session),
             Self::Schema(command) => command.run(session),

@@ -1,5 +1,6 @@
 //! What people and programs are shown of plans and outcomes. Text for the former, JSON for the latter.
 
+pub mod graph;
 pub mod text;
 pub mod units;
 pub mod yaml_diff;

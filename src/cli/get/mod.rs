@@ -110,7 +110,7 @@ pub fn select<'a>(all: &'a [Object], resources: &[Resource]) -> (Vec<&'a Object>
 }
 
 /// One object as itself where one was named, else a List, as kubectl does.
-fn document(shown: &[&Object], resources: &[Resource]) -> Value {
+pub fn document(shown: &[&Object], resources: &[Resource]) -> Value {
     match (shown, resources) {
         ([one], [Resource::Object(_)]) => manifest(one),
         _ => {
