@@ -22,6 +22,7 @@ fn error<T>(text: impl Into<String>) -> Result<T, NameError> {
 pub enum Kind {
     Bridge,
     Vlan,
+    Network,
     StoragePool,
     Image,
     Volume,
@@ -29,13 +30,21 @@ pub enum Kind {
 }
 
 impl Kind {
-    pub const ALL: [Kind; 6] =
-        [Kind::Bridge, Kind::Vlan, Kind::StoragePool, Kind::Image, Kind::Volume, Kind::VirtualMachine];
+    pub const ALL: [Kind; 7] = [
+        Kind::Bridge,
+        Kind::Vlan,
+        Kind::Network,
+        Kind::StoragePool,
+        Kind::Image,
+        Kind::Volume,
+        Kind::VirtualMachine,
+    ];
 
     pub fn as_str(self) -> &'static str {
         match self {
             Kind::Bridge => "Bridge",
             Kind::Vlan => "Vlan",
+            Kind::Network => "Network",
             Kind::StoragePool => "StoragePool",
             Kind::Image => "Image",
             Kind::Volume => "Volume",
@@ -48,6 +57,7 @@ impl Kind {
         match self {
             Kind::Bridge => &["bridge", "bridges", "br"],
             Kind::Vlan => &["vlan", "vlans"],
+            Kind::Network => &["network", "networks", "net"],
             Kind::StoragePool => &["storagepool", "storagepools", "pool", "pools", "sp"],
             Kind::Image => &["image", "images", "img"],
             Kind::Volume => &["volume", "volumes", "vol"],
@@ -390,6 +400,34 @@ pub struct IpPrefix {
     pub prefix_len: u8,
 }
 
+impl IpPrefix {
+    /// The network that the address is in: its host bits are zero.
+    pub fn network(self) -> Self {
+        let address = match self.address {
+            IpAddr::V4(address) => {
+                let mask = u32::MAX.checked_shl(32 - u32::from(self.prefix_len)).unwrap_or(0);
+                IpAddr::V4((u32::from(address) & mask).into())
+            }
+            IpAddr::V6(address) => {
+                let mask = u128::MAX.checked_shl(128 - u32::from(self.prefix_len)).unwrap_or(0);
+                IpAddr::V6((u128::from(address) & mask).into())
+            }
+        };
+        Self { address, prefix_len: self.prefix_len }
+    }
+
+    pub fn contains(self, address: IpAddr) -> bool {
+        self.address.is_ipv4() == address.is_ipv4()
+            && Self { address, prefix_len: self.prefix_len }.network() == self.network()
+    }
+
+    /// Whether some address is in both.
+    pub fn overlaps(self, other: Self) -> bool {
+        let wider = if self.prefix_len <= other.prefix_len { self } else { other };
+        wider.contains(if wider == self { other.address } else { self.address })
+    }
+}
+
 impl FromStr for IpPrefix {
     type Err = NameError;
     fn from_str(text: &str) -> Result<Self, NameError> {
@@ -582,5 +620,15 @@ mod tests {
         for text in ["10.0.0.1", "10.0.0.1/33", "::1/129", "x/8"] {
             assert!(text.parse::<IpPrefix>().is_err(), "{text}");
         }
+        let prefix = |text: &str| text.parse::<IpPrefix>().unwrap();
+        for (text, network) in
+            [("10.1.2.3/8", "10.0.0.0/8"), ("10.1.2.3/0", "0.0.0.0/0"), ("fd00:1::7/64", "fd00:1::/64")]
+        {
+            assert_eq!(prefix(text).network(), prefix(network));
+        }
+        assert!(prefix("10.0.0.1/24").overlaps(prefix("10.0.0.129/25")));
+        assert!(prefix("10.0.0.129/25").overlaps(prefix("10.0.0.1/24")));
+        assert!(!prefix("10.0.0.1/25").overlaps(prefix("10.0.0.129/25")));
+        assert!(!prefix("0.0.0.0/0").overlaps(prefix("::/0")));
     }
 }

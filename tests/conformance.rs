@@ -12,7 +12,10 @@ use proptest::test_runner::{Config, TestRunner};
 use vmctl::host::error::StepError;
 use vmctl::host::linux::LinuxHost;
 use vmctl::host::sim::SimHost;
-use vmctl::host::snapshot::{CpuShare, LinkKind, PortFacts, RunStrategy, VmDefinition};
+use vmctl::host::snapshot::{
+    BaseChain, Chain, CpuShare, IpFamily, LinkKind, PortFacts, Rule, RunStrategy, Table, TableId,
+    VmDefinition,
+};
 use vmctl::host::step::{LinkChange, NewVolume, NewVolumeContent, Step, StopHow};
 use vmctl::host::{Host, Scope};
 use vmctl::name::{Kind, Mark, ObjectName};
@@ -71,6 +74,12 @@ impl Pair {
                 "{name}: {kind} mtu {} up {} alias {:?} master {:?} port {port:?} addresses {:?}",
                 link.mtu, link.up, link.alias, link.master, link.addresses
             ));
+        }
+        for (id, table) in snapshot.tables.unwrap() {
+            lines.push(format!("table {id}: {table:?}"));
+        }
+        for (family, facts) in snapshot.forwarding.unwrap() {
+            lines.push(format!("{family} forwarding {} for {:?}", facts.on, facts.users));
         }
         for (name, pool) in snapshot.pools {
             let pool = pool.unwrap();
@@ -263,6 +272,53 @@ fn taps_and_ports_agree() {
         Step::DeleteLink { link: tap_name.clone(), mark: tap_mark },
         Step::CreateLink(tap),
         Step::DeleteLink { link: host::name("br0"), mark: host::mark(Kind::Bridge, "br0") },
+    ];
+    for step in &steps {
+        assert_eq!(pair.run(step), "done", "{step:?}");
+    }
+}
+
+#[test]
+fn tables_and_forwarding_agree() {
+    host::private_network();
+    let pair = Pair::new("networks");
+    let (web, lab) = (host::mark(Kind::Network, "web"), host::mark(Kind::Network, "lab"));
+    let rule = |comment: &str, verdict: &str| Rule {
+        comment: comment.to_owned(),
+        expr: vec![serde_json::json!({ verdict: null })],
+    };
+    let table = |hook: &str, rules: Vec<Rule>| {
+        let kind = "filter".to_owned();
+        let base = BaseChain { kind, hook: hook.to_owned(), priority: 0, policy: "accept".to_owned() };
+        Table {
+            chains: [("forward".to_owned(), Chain { base: Some(base), rules })].into(),
+            ..Table::default()
+        }
+    };
+    let set = |mark: &Mark, table: Table| Step::SetTable { id: TableId::of_network(mark), table };
+    let delete = |mark: &Mark| Step::DeleteTable { id: TableId::of_network(mark) };
+    let require = |family, mark: &Mark| Step::RequireForwarding { family, mark: mark.clone() };
+    let release = |family, mark: &Mark| Step::ReleaseForwarding { family, mark: mark.clone() };
+    use IpFamily::{Ipv4, Ipv6};
+    let steps = [
+        set(&web, table("forward", vec![rule("a", "accept"), rule("b", "drop")])),
+        set(&lab, table("input", vec![])),
+        set(&web, table("forward", vec![rule("c", "drop"), rule("a", "accept")])),
+        set(&web, table("forward", vec![rule("c", "drop"), rule("a", "accept")])),
+        set(&web, table("input", vec![rule("a", "accept"), rule("a", "accept")])),
+        set(&web, Table::default()),
+        require(Ipv4, &web),
+        require(Ipv4, &web),
+        require(Ipv4, &lab),
+        require(Ipv6, &lab),
+        release(Ipv4, &web),
+        release(Ipv4, &web),
+        release(Ipv6, &web),
+        release(Ipv4, &lab),
+        release(Ipv6, &lab),
+        delete(&web),
+        delete(&web),
+        delete(&lab),
     ];
     for step in &steps {
         assert_eq!(pair.run(step), "done", "{step:?}");

@@ -482,6 +482,7 @@ impl Agent<'_> {
             PollFd::from_borrowed_fd(self.links.as_fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(self.watch.as_fd(), PollFlags::IN),
         ];
+        fds.extend(self.links.tables_fd().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
         fds.extend(self.vms.poll_fds());
         // Rounded up, so as not to wake just before the time.
         let timeout = timeout + Duration::from_micros(500);

@@ -44,17 +44,23 @@ struct SavedScope {
     pools: Vec<(ObjectName, PathBuf)>,
     capabilities: BTreeSet<Capability>,
     files: BTreeSet<PathBuf>,
+    tables: bool,
 }
 
 impl SavedPlan {
     pub fn new(scope: Scope, plan: Plan) -> Self {
-        let Scope { pools, capabilities, files } = scope;
-        Self { scope: SavedScope { pools, capabilities, files }, plan }
+        let Scope { pools, capabilities, files, tables } = scope;
+        Self { scope: SavedScope { pools, capabilities, files, tables }, plan }
     }
 
     pub fn scope(&self) -> Scope {
-        let SavedScope { pools, capabilities, files } = &self.scope;
-        Scope { pools: pools.clone(), capabilities: capabilities.clone(), files: files.clone() }
+        let SavedScope { pools, capabilities, files, tables } = &self.scope;
+        Scope {
+            pools: pools.clone(),
+            capabilities: capabilities.clone(),
+            files: files.clone(),
+            tables: *tables,
+        }
     }
 
     /// Written beside its place and renamed: a reader sees all of it or nothing.

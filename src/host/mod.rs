@@ -5,6 +5,7 @@
 
 pub mod error;
 pub mod linux;
+pub mod nftables;
 pub mod sim;
 pub mod snapshot;
 pub mod step;
@@ -28,6 +29,8 @@ pub struct Scope {
     pub capabilities: BTreeSet<snapshot::Capability>,
     /// Files outside of pools that declared objects read (kernels, initrds, image sources).
     pub files: BTreeSet<PathBuf>,
+    /// Declared objects have nftables tables. (Else they are looked for where some were made before.)
+    pub tables: bool,
 }
 
 /// How many steps of a kind may run at once, and whether they are worth a thread.

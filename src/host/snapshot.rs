@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::error::ObserveError;
+pub use super::nftables::{BaseChain, Chain, Family, Rule, Table, TableId};
 use crate::name::{IpPrefix, LinkName, MacAddress, Mark, ObjectName, VlanId};
 use crate::vmm::config::{DiskFormat, VmConfig};
 use crate::vmm::protocol::{Condition, ConditionKind, ExitRecord, Phase};
@@ -17,6 +18,9 @@ pub type Observed<T> = Result<T, ObserveError>;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
     pub links: Observed<BTreeMap<LinkName, Link>>,
+    /// The nftables tables that are ours by their names, and no others.
+    pub tables: Observed<BTreeMap<TableId, Table>>,
+    pub forwarding: Observed<BTreeMap<IpFamily, Forwarding>>,
     /// Every pool in the scope, and every pool that is registered in the state directory.
     pub pools: BTreeMap<ObjectName, Observed<Pool>>,
     /// Every VM that is defined or runs.
@@ -35,10 +39,12 @@ pub enum Capability {
     Vlan,
     VlanFiltering,
     Tun,
+    Nftables,
 }
 
 impl Capability {
-    pub const ALL: [Capability; 5] = [Self::Kvm, Self::Bridge, Self::Vlan, Self::VlanFiltering, Self::Tun];
+    pub const ALL: [Capability; 6] =
+        [Self::Kvm, Self::Bridge, Self::Vlan, Self::VlanFiltering, Self::Tun, Self::Nftables];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -47,6 +53,7 @@ impl Capability {
             Self::Vlan => "802.1Q VLANs (module 8021q)",
             Self::VlanFiltering => "VLAN filtering on bridges (CONFIG_BRIDGE_VLAN_FILTERING)",
             Self::Tun => "tap devices (module tun, /dev/net/tun)",
+            Self::Nftables => "nftables (the program `nft`, module nf_tables)",
         }
     }
 
@@ -66,6 +73,9 @@ impl Capability {
                 "boot a kernel with CONFIG_BRIDGE_VLAN_FILTERING (every distribution's), or use Vlan objects with a bridge each"
             }
             Self::Tun => "`modprobe tun`; in a container, pass /dev/net/tun in",
+            Self::Nftables => {
+                "install the package `nftables` (Debian: `apt-get install nftables`; it need not be enabled)"
+            }
         }
     }
 }
@@ -145,6 +155,41 @@ pub struct PortFacts {
 pub struct VlanFlags {
     pub pvid: bool,
     pub untagged: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum IpFamily {
+    Ipv4,
+    Ipv6,
+}
+
+impl IpFamily {
+    pub const ALL: [IpFamily; 2] = [Self::Ipv4, Self::Ipv6];
+
+    pub fn of(address: std::net::IpAddr) -> Self {
+        if address.is_ipv4() { Self::Ipv4 } else { Self::Ipv6 }
+    }
+}
+
+impl std::fmt::Display for IpFamily {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Ipv4 => "IPv4",
+            Self::Ipv6 => "IPv6",
+        })
+    }
+}
+
+/// Whether this host forwards packets between its links.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Forwarding {
+    pub on: bool,
+    /// For whom we hold it on. When the last of them goes it becomes what it was.
+    pub users: BTreeSet<Mark>,
+    /// The host's default route is by router advertisements to this link, which a router doesn't heed: to turn
+    /// forwarding on would cut the host off.
+    pub default_route_by_ra: Option<LinkName>,
 }
 
 /// A directory pool.

@@ -8,7 +8,9 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::Lane;
-use super::snapshot::{BridgeFacts, CpuShare, PortFacts, VlanProtocol, VmDefinition};
+use super::snapshot::{
+    BridgeFacts, CpuShare, IpFamily, PortFacts, Table, TableId, VlanProtocol, VmDefinition,
+};
 use crate::name::{IpPrefix, LinkName, MacAddress, Mark, ObjectName, Sha256, VlanId};
 use crate::vmm::config::{DiskConfig, DiskFormat, Limits, NicConfig};
 
@@ -42,6 +44,25 @@ pub enum Step {
     RemoveAddress {
         link: LinkName,
         address: IpPrefix,
+    },
+
+    /// Makes an nftables table exactly this, in one transaction, which writes only what differs.
+    SetTable {
+        id: TableId,
+        table: Table,
+    },
+    DeleteTable {
+        id: TableId,
+    },
+    /// Turns forwarding on for this object, and remembers how it was before the first.
+    RequireForwarding {
+        family: IpFamily,
+        mark: Mark,
+    },
+    /// This object needs it no more: after the last one it becomes what it was.
+    ReleaseForwarding {
+        family: IpFamily,
+        mark: Mark,
     },
 
     /// Makes the directory (and `.vmctl/` in it), marks it and registers it in the state directory.
@@ -357,6 +378,10 @@ impl std::fmt::Display for Step {
             Self::SetLink { link, change } => write!(f, "set {change} on {link}"),
             Self::AddAddress { link, address } => write!(f, "add {address} to {link}"),
             Self::RemoveAddress { link, address } => write!(f, "remove {address} from {link}"),
+            Self::SetTable { id, .. } => write!(f, "write the nftables table {id}"),
+            Self::DeleteTable { id } => write!(f, "delete the nftables table {id}"),
+            Self::RequireForwarding { family, .. } => write!(f, "turn {family} forwarding on"),
+            Self::ReleaseForwarding { family, .. } => write!(f, "let go of {family} forwarding"),
             Self::CreatePool { path, .. } => write!(f, "make {} a pool", path.display()),
             Self::ForgetPool { path, .. } => write!(f, "forget the pool {}", path.display()),
             Self::ImportImage { source, .. } => write!(f, "import {}", source.display()),

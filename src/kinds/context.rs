@@ -1,11 +1,12 @@
 //! What a kind may look at, with the look-ups that would otherwise be a scan per object.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
+use super::network::Place;
 use super::{Declared, Spec};
 use crate::host::snapshot::{Link, Snapshot};
-use crate::name::{LinkName, Mark, ObjectId, ObjectName};
+use crate::name::{IpPrefix, LinkName, Mark, ObjectId, ObjectName};
 
 /// A declaration beside a snapshot.
 pub struct Context<'a> {
@@ -18,6 +19,8 @@ pub struct Context<'a> {
 struct Index<'a> {
     /// The declared Bridge or Vlan of each link name.
     declared_links: HashMap<LinkName, &'a ObjectId>,
+    /// Addresses that networks put on declared bridges, by link.
+    lent_addresses: HashMap<LinkName, BTreeSet<IpPrefix>>,
     /// The links that carry our set's mark, by owner.
     links: HashMap<ObjectId, Vec<(&'a LinkName, &'a Link, Mark)>>,
     /// What sits on a link: its ports and its sub-devices.
@@ -34,8 +37,14 @@ impl<'a> Context<'a> {
     pub fn new(declared: &'a Declared, snapshot: &'a Snapshot) -> Self {
         let mut index = Index::default();
         for (id, spec) in &declared.objects {
-            if let Some(link) = link_of(id, spec) {
+            if let Some(link) = link_of(id, spec, &declared.objects) {
                 index.declared_links.insert(link, id);
+            }
+            if let Spec::Network(network) = spec
+                && let Ok(place @ Place::Declared(..)) = network.place(&id.name, declared)
+                && let Ok(link) = place.link(&id.name)
+            {
+                index.lent_addresses.entry(link).or_default().extend(network.addresses());
             }
         }
         for (name, link) in snapshot.links.iter().flatten() {
@@ -72,6 +81,11 @@ impl<'a> Context<'a> {
         self.index.declared_links.get(link).copied()
     }
 
+    /// What networks put on a declared bridge.
+    pub fn addresses_lent_to(&self, bridge: &LinkName) -> BTreeSet<IpPrefix> {
+        self.index.lent_addresses.get(bridge).cloned().unwrap_or_default()
+    }
+
     /// The links that carry the mark of this object of our set.
     pub fn links_of(&self, owner: &ObjectId) -> &[(&'a LinkName, &'a Link, Mark)] {
         self.index.links.get(owner).map(Vec::as_slice).unwrap_or_default()
@@ -100,8 +114,10 @@ impl<'a> Context<'a> {
 }
 
 /// The link that an object is on the host.
-pub fn link_of(id: &ObjectId, spec: &Spec) -> Option<LinkName> {
+pub fn link_of(id: &ObjectId, spec: &Spec, objects: &BTreeMap<ObjectId, Spec>) -> Option<LinkName> {
     match spec {
+        Spec::Network(network) if network.declared_bridge(objects).is_some() => None,
+        Spec::Network(network) => network.own_link(&id.name).ok(),
         Spec::Bridge(bridge) => bridge.link_name(&id.name).ok(),
         Spec::Vlan(vlan) => Some(vlan.interface_name.clone()),
         _ => None,

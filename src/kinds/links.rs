@@ -36,6 +36,14 @@ pub(super) fn holder<'a>(
         Some(found) if found.set == mark.set && !context.declared.objects.contains_key(&found.owner) => {
             Holder::Renamed(link, found)
         }
+        // Its owner has another link now, and this one is declared to be of the object that asks.
+        Some(found)
+            if found.set == mark.set
+                && found.part.is_none()
+                && context.declared_owner(name) == Some(&mark.owner) =>
+        {
+            Holder::Renamed(link, found)
+        }
         Some(found) => Holder::Others(
             Blocker::new(format!("{name} belongs to {} of set {}", found.owner, found.set))
                 .hint("choose another `interfaceName`, or remove it from the other set first"),

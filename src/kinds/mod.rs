@@ -9,6 +9,8 @@ pub mod bridge;
 mod context;
 pub mod image;
 mod links;
+pub mod network;
+mod stable;
 pub mod storage_pool;
 pub mod virtual_machine;
 pub mod vlan;
@@ -32,6 +34,7 @@ pub use links::describe_vlans;
 pub enum Spec {
     Bridge(bridge::Bridge),
     Vlan(vlan::Vlan),
+    Network(network::Network),
     StoragePool(storage_pool::StoragePool),
     Image(image::Image),
     Volume(volume::Volume),
@@ -70,6 +73,7 @@ pub fn spec_schema(kind: Kind) -> schemars::Schema {
     match kind {
         Kind::Bridge => schemars::schema_for!(bridge::wire::Bridge),
         Kind::Vlan => schemars::schema_for!(vlan::wire::Vlan),
+        Kind::Network => schemars::schema_for!(network::wire::Network),
         Kind::StoragePool => schemars::schema_for!(storage_pool::wire::StoragePool),
         Kind::Image => schemars::schema_for!(image::wire::Image),
         Kind::Volume => schemars::schema_for!(volume::wire::Volume),
@@ -85,6 +89,7 @@ pub fn decode(kind: Kind, spec: serde_json::Value) -> Result<Spec, Vec<SpecProbl
     Ok(match kind {
         Kind::Bridge => Spec::Bridge(as_wire::<bridge::wire::Bridge>(spec)?.decode()?),
         Kind::Vlan => Spec::Vlan(as_wire::<vlan::wire::Vlan>(spec)?.decode()?),
+        Kind::Network => Spec::Network(as_wire::<network::wire::Network>(spec)?.decode()?),
         Kind::StoragePool => Spec::StoragePool(as_wire::<storage_pool::wire::StoragePool>(spec)?.decode()?),
         Kind::Image => Spec::Image(as_wire::<image::wire::Image>(spec)?.decode()?),
         Kind::Volume => Spec::Volume(as_wire::<volume::wire::Volume>(spec)?.decode()?),
@@ -145,6 +150,7 @@ macro_rules! lookup {
 impl Declared {
     lookup!(bridge, Bridge, bridge::Bridge);
     lookup!(vlan, Vlan, vlan::Vlan);
+    lookup!(network, Network, network::Network);
     lookup!(pool, StoragePool, storage_pool::StoragePool);
     lookup!(image, Image, image::Image);
     lookup!(volume, Volume, volume::Volume);
@@ -156,6 +162,7 @@ impl Spec {
         match self {
             Spec::Bridge(_) => Kind::Bridge,
             Spec::Vlan(_) => Kind::Vlan,
+            Spec::Network(_) => Kind::Network,
             Spec::StoragePool(_) => Kind::StoragePool,
             Spec::Image(_) => Kind::Image,
             Spec::Volume(_) => Kind::Volume,
@@ -166,7 +173,8 @@ impl Spec {
     /// The objects that it names, which must be declared too.
     pub fn references(&self) -> Vec<Reference> {
         match self {
-            Spec::Bridge(_) | Spec::StoragePool(_) => Vec::new(),
+            // (Whether a network's `bridge` is a declared one is not its own to say.)
+            Spec::Bridge(_) | Spec::Network(_) | Spec::StoragePool(_) => Vec::new(),
             Spec::Vlan(spec) => spec.references(),
             Spec::Image(spec) => spec.references(),
             Spec::Volume(spec) => spec.references(),
@@ -182,6 +190,7 @@ impl Spec {
             }
             Spec::Bridge(_) => [Capability::Bridge].into(),
             Spec::Vlan(_) => [Capability::Vlan].into(),
+            Spec::Network(_) => [Capability::Bridge, Capability::Nftables].into(),
             Spec::VirtualMachine(spec) if spec.interfaces.is_empty() => [Capability::Kvm].into(),
             Spec::VirtualMachine(_) => [Capability::Kvm, Capability::Tun].into(),
             Spec::StoragePool(_) | Spec::Image(_) | Spec::Volume(_) => BTreeSet::new(),
@@ -202,6 +211,7 @@ impl Spec {
         match self {
             Spec::Bridge(spec) => bridge::compare::compare(id, spec, context),
             Spec::Vlan(spec) => vlan::compare::compare(id, spec, context),
+            Spec::Network(spec) => network::compare::compare(id, spec, context),
             Spec::StoragePool(spec) => storage_pool::compare::compare(id, spec, context),
             Spec::Image(spec) => image::compare::compare(id, spec, context),
             Spec::Volume(spec) => volume::compare::compare(id, spec, context),

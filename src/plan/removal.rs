@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use super::Removal;
 use crate::host::Step;
-use crate::host::snapshot::{LinkKind, Pool, PoolFile};
+use crate::host::snapshot::{LinkKind, Pool, PoolFile, TableId};
 use crate::host::step::{LinkChange, StopHow};
 use crate::kinds::Context;
 use crate::kinds::action::{Action, Blocker, Impact, Verb};
@@ -26,6 +26,8 @@ pub fn owned(context: &Context) -> BTreeSet<ObjectId> {
             marks.extend(files.filter_map(|file| file.mark.clone()));
         }
     }
+    marks.extend(snapshot.tables.iter().flatten().map(|(id, _)| id.owner.clone()));
+    marks.extend(snapshot.forwarding.iter().flatten().flat_map(|(_, facts)| facts.users.clone()));
     marks.extend(snapshot.vms.iter().flatten().filter_map(|(_, vm)| owner(vm)));
     marks.into_iter().filter(|mark| mark.set == *set).map(|mark| mark.owner).collect()
 }
@@ -46,7 +48,7 @@ pub fn removals(context: &Context, removal: &Removal) -> Vec<Action> {
 /// Links of undeclared objects that a declared object takes over under another name.
 fn taken_over(context: &Context) -> BTreeSet<LinkName> {
     let objects = context.declared.objects.iter();
-    objects.filter_map(|(id, spec)| crate::kinds::link_of(id, spec)).collect()
+    objects.filter_map(|(id, spec)| crate::kinds::link_of(id, spec, &context.declared.objects)).collect()
 }
 
 struct Finder<'a> {
@@ -59,6 +61,7 @@ impl Finder<'_> {
     fn action(&self, id: &ObjectId) -> Option<Action> {
         match id.kind {
             Kind::Bridge | Kind::Vlan => self.link(id),
+            Kind::Network => self.network(id),
             Kind::StoragePool => self.pool(id),
             Kind::Image => self.image(id),
             Kind::Volume => self.volume(id),
@@ -90,6 +93,29 @@ impl Finder<'_> {
                 return Some(action.blocked(blocker));
             }
             action.step(Step::DeleteLink { link: (*name).clone(), mark: mark.clone() });
+        }
+        if action.steps.is_empty() {
+            return None;
+        }
+        action.verb(Verb::Delete, "carries the set's mark and is declared no more");
+        Some(action.finish())
+    }
+
+    /// Its bridge goes before what guards it, and forwarding last.
+    fn network(&self, id: &ObjectId) -> Option<Action> {
+        let mut action = self.link(id).unwrap_or_else(|| Action::new(id, "removed from the manifests"));
+        if action.verb == Verb::Blocked {
+            return Some(action);
+        }
+        let mark = self.mark(id);
+        let table = TableId::of_network(&mark);
+        if self.context.snapshot.tables.as_ref().is_ok_and(|tables| tables.contains_key(&table)) {
+            action.step(Step::DeleteTable { id: table });
+        }
+        for (family, facts) in self.context.snapshot.forwarding.iter().flatten() {
+            if facts.users.contains(&mark) {
+                action.step(Step::ReleaseForwarding { family: *family, mark: mark.clone() });
+            }
         }
         if action.steps.is_empty() {
             return None;

@@ -12,7 +12,7 @@ use crate::name::{LinkName, ObjectId};
 /// For each object, those that must be there first. Only declared ones.
 pub fn dependencies(objects: &BTreeMap<ObjectId, Spec>) -> BTreeMap<ObjectId, BTreeSet<ObjectId>> {
     let links: BTreeMap<LinkName, &ObjectId> =
-        objects.iter().filter_map(|(id, spec)| Some((link_of(id, spec)?, id))).collect();
+        objects.iter().filter_map(|(id, spec)| Some((link_of(id, spec, objects)?, id))).collect();
     objects
         .iter()
         .map(|(id, spec)| {
@@ -28,6 +28,7 @@ pub fn dependencies(objects: &BTreeMap<ObjectId, Spec>) -> BTreeMap<ObjectId, BT
                     let owners = bridge.ports.iter().filter_map(|port| links.get(&port.interface));
                     needs.extend(owners.map(|id| (*id).clone()));
                 }
+                Spec::Network(network) => needs.extend(network.declared_bridge(objects)),
                 _ => {}
             }
             (id.clone(), needs)

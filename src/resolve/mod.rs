@@ -2,6 +2,7 @@
 //! and an order in which things can come into being. Pure.
 
 mod graph;
+mod networks;
 mod rules;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -87,6 +88,7 @@ impl Desired {
             if let Spec::StoragePool(pool) = spec {
                 scope.pools.push((id.name.clone(), pool.path.clone()));
             }
+            scope.tables |= matches!(spec, Spec::Network(_));
             scope.capabilities.extend(spec.capabilities());
             scope.files.extend(spec.files());
         }

@@ -8,7 +8,7 @@ use crate::kinds::volume::Content;
 use crate::kinds::{Spec, link_of};
 use crate::name::{Kind, LinkName, ObjectId, SetName};
 
-type Objects = BTreeMap<ObjectId, Spec>;
+pub(super) type Objects = BTreeMap<ObjectId, Spec>;
 
 pub fn check(set: &SetName, objects: &Objects, unusable: &BTreeSet<ObjectId>, problems: &mut Vec<Problem>) {
     references(objects, unusable, problems);
@@ -22,6 +22,7 @@ pub fn check(set: &SetName, objects: &Objects, unusable: &BTreeSet<ObjectId>, pr
     disks(objects, problems);
     interface_vlans(objects, problems);
     context_ids(set, objects, problems);
+    super::networks::check(objects, problems);
 }
 
 fn references(objects: &Objects, unusable: &BTreeSet<ObjectId>, problems: &mut Vec<Problem>) {
@@ -58,6 +59,8 @@ fn references(objects: &Objects, unusable: &BTreeSet<ObjectId>, problems: &mut V
 fn name_pointer(spec: &Spec) -> &'static str {
     match spec {
         Spec::Bridge(bridge) if bridge.interface_name.is_none() => "",
+        Spec::Network(network) if network.bridge.is_none() => "",
+        Spec::Network(_) => "/bridge",
         _ => "/interfaceName",
     }
 }
@@ -83,7 +86,16 @@ fn link_names(objects: &Objects, problems: &mut Vec<Problem>) {
                     .hint("choose a shorter name with `interfaceName`"),
             );
         }
-        if let Some(name) = link_of(id, spec) {
+        if let Spec::Network(network) = spec
+            && network.declared_bridge(objects).is_none()
+            && let Err(error) = network.own_link(&id.name)
+        {
+            problems.push(
+                Problem::new(id, name_pointer(spec), format!("its bridge would be named {error}"))
+                    .hint("choose a shorter name with `bridge`"),
+            );
+        }
+        if let Some(name) = link_of(id, spec, objects) {
             claim(name, id, name_pointer(spec).to_owned(), problems);
         }
         if let Spec::VirtualMachine(vm) = spec {
@@ -163,7 +175,7 @@ fn vlan_mtus(objects: &Objects, problems: &mut Vec<Problem>) {
                 Spec::Vlan(vlan) => vlan.mtu?,
                 _ => return None,
             };
-            Some((link_of(id, spec)?, (id, mtu)))
+            Some((link_of(id, spec, objects)?, (id, mtu)))
         })
         .collect();
     for (id, spec) in objects {
@@ -298,18 +310,35 @@ fn interface_vlans(objects: &Objects, problems: &mut Vec<Problem>) {
     for (id, spec) in objects {
         let Spec::VirtualMachine(vm) = spec else { continue };
         for (index, nic) in vm.interfaces.iter().enumerate().filter(|(_, nic)| nic.vlans.is_some()) {
-            let bridge_id = ObjectId::new(Kind::Bridge, nic.bridge.clone());
-            if let Some(Spec::Bridge(bridge)) = objects.get(&bridge_id)
-                && !bridge.settings.vlan_filtering
-            {
-                let pointer = format!("/interfaces/{index}/vlan");
-                let message = format!("`vlan` has no meaning on {bridge_id}, which doesn't filter VLANs");
-                problems.push(
+            let pointer = format!("/interfaces/{index}/vlan");
+            // The Bridge, if it is a declared one.
+            let network = nic.attachment.object();
+            let bridge_id = match objects.get(&network) {
+                Some(Spec::Network(network)) => network.declared_bridge(objects),
+                Some(_) => Some(network.clone()),
+                None => continue,
+            };
+            let problem = match bridge_id {
+                None => {
+                    let message = format!(
+                        "`vlan` has no meaning on the bridge of {network}, which doesn't filter VLANs"
+                    );
+                    Problem::new(id, pointer, message).related(&network, "", "the network").hint(
+                        "declare a Bridge with `vlanFiltering: true`, and name it in the network's `bridge`",
+                    )
+                }
+                Some(bridge_id) => {
+                    let Some(Spec::Bridge(bridge)) = objects.get(&bridge_id) else { continue };
+                    if bridge.settings.vlan_filtering {
+                        continue;
+                    }
+                    let message = format!("`vlan` has no meaning on {bridge_id}, which doesn't filter VLANs");
                     Problem::new(id, pointer, message)
                         .related(&bridge_id, "/vlanFiltering", "the bridge")
-                        .hint("set `vlanFiltering: true` on the bridge, or use a bridge for each VLAN"),
-                );
-            }
+                        .hint("set `vlanFiltering: true` on the bridge, or use a bridge for each VLAN")
+                }
+            };
+            problems.push(problem);
         }
     }
 }

@@ -106,6 +106,17 @@ fn describe(object: &Object, style: Style) -> String {
             page.maybe("Parent", vlan.parent.as_ref());
             page.maybe("Bridge", vlan.link.master.as_ref());
         }
+        Status::Network(network) => {
+            page.maybe("Bridge", network.bridge.as_ref());
+            match &network.link {
+                Some(there) => link(&mut page, there),
+                None => page.line("State", style.red("missing")),
+            }
+            page.list("Ports", &network.ports);
+            page.line("NAT", if network.nat { "on" } else { "off" });
+            page.list("Forwarding", &network.forwarding);
+            page.list("Port forwards", &network.port_forwards);
+        }
         Status::StoragePool(pool) => {
             let state = if pool.present { "" } else { " (missing)" };
             page.line("Directory", format!("{}{state}", pool.path.display()));

@@ -130,5 +130,12 @@ fn manifest(object: &Object) -> Value {
 }
 
 /// The kinds in the order in which tables show them.
-pub const KINDS: [Kind; 6] =
-    [Kind::VirtualMachine, Kind::Bridge, Kind::Vlan, Kind::StoragePool, Kind::Image, Kind::Volume];
+pub const KINDS: [Kind; 7] = [
+    Kind::VirtualMachine,
+    Kind::Network,
+    Kind::Bridge,
+    Kind::Vlan,
+    Kind::StoragePool,
+    Kind::Image,
+    Kind::Volume,
+];

@@ -50,6 +50,16 @@ const VLAN: &[Column] = &[
     wide("INTERFACE"),
     wide("MAC"),
 ];
+const NETWORK: &[Column] = &[
+    column("STATE"),
+    column("BRIDGE"),
+    column("ADDRESSES"),
+    column("PORTS"),
+    column("NAT"),
+    column("FORWARDS"),
+    wide("MTU"),
+    wide("MAC"),
+];
 const POOL: &[Column] = &[
     column("STATE"),
     column("CAPACITY"),
@@ -133,6 +143,7 @@ fn columns(status: &Status) -> &'static [Column] {
     match status {
         Status::Bridge(_) => BRIDGE,
         Status::Vlan(_) => VLAN,
+        Status::Network(_) => NETWORK,
         Status::StoragePool(_) => POOL,
         Status::Image(_) => IMAGE,
         Status::Volume(_) => VOLUME,
@@ -144,6 +155,7 @@ fn is_worrying(status: &Status) -> bool {
     match status {
         Status::Bridge(bridge) => !bridge.link.up,
         Status::Vlan(vlan) => !vlan.link.up,
+        Status::Network(network) => !network.link.as_ref().is_some_and(|link| link.up),
         Status::StoragePool(pool) => !pool.present,
         Status::Image(_) => false,
         Status::Volume(volume) => volume.unusable.is_some(),
@@ -192,6 +204,19 @@ fn cells(status: &Status) -> Vec<String> {
             vlan.link.interface.to_string(),
             maybe(&vlan.link.mac_address),
         ],
+        Status::Network(network) => {
+            let link = network.link.as_ref();
+            vec![
+                link.map_or("missing".to_owned(), |link| state(link.up)),
+                maybe(&network.bridge),
+                or_dash(link.map_or(String::new(), |link| link.addresses.join(","))),
+                network.ports.len().to_string(),
+                network.nat.to_string(),
+                network.port_forwards.len().to_string(),
+                maybe(&link.map(|link| link.mtu)),
+                maybe(&link.and_then(|link| link.mac_address.clone())),
+            ]
+        }
         Status::StoragePool(pool) => vec![
             if pool.present { "present" } else { "missing" }.to_owned(),
             size(pool.capacity_bytes),

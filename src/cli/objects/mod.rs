@@ -1,5 +1,6 @@
 //! The objects that a host has, found by their marks, with what is true of them now.
 
+mod network;
 mod vm;
 
 use std::collections::BTreeMap;
@@ -12,6 +13,7 @@ use crate::host::snapshot::{Link, LinkKind, Pool, PoolFile, Snapshot, VlanProtoc
 use crate::kinds::virtual_machine::compare::owner;
 use crate::name::{Kind, LinkName, Mark, ObjectId, ObjectName, SetName};
 use crate::vmm::config::DiskFormat;
+pub use network::NetworkStatus;
 pub use vm::VmStatus;
 
 /// One object on the host.
@@ -27,6 +29,7 @@ pub struct Object {
 pub enum Status {
     Bridge(BridgeStatus),
     Vlan(VlanStatus),
+    Network(NetworkStatus),
     StoragePool(PoolStatus),
     Image(ImageStatus),
     Volume(VolumeStatus),
@@ -114,6 +117,7 @@ pub struct VolumeStatus {
 pub fn objects(snapshot: &Snapshot, set: Option<&SetName>) -> (Vec<Object>, Vec<ObserveError>) {
     let mut finder = Finder { snapshot, objects: Vec::new(), unseen: Vec::new() };
     finder.links();
+    finder.networks();
     finder.pools();
     finder.vms();
     let Finder { mut objects, unseen, .. } = finder;

@@ -12,7 +12,7 @@ use netlink_packet_route::link::{InfoData, InfoKind, LinkAttribute};
 use rustix::thread::UnshareFlags;
 
 use super::netlink::{Answer, Group, Netlink, Refusal};
-use super::{link_messages, link_steps, tap};
+use super::{link_messages, link_steps, network, tap};
 use crate::host::error::StepError;
 use crate::host::snapshot::{BridgeFacts, Capability, Link, LinkKind};
 use crate::host::step::{NewLink, NewLinkKind, Step};
@@ -57,6 +57,7 @@ pub fn lacks(capability: Capability) -> Option<String> {
     let answer = match capability {
         Capability::Kvm => kvm(),
         Capability::Tun => tap::probe().err().map(|error| format!("/dev/net/tun: {error}")),
+        Capability::Nftables => network::nft::lacks(),
         Capability::Bridge => kind("bridge", InfoKind::Bridge, InfoData::Bridge(Vec::new())),
         Capability::Vlan => kind("vlan", InfoKind::Vlan, InfoData::Vlan(Vec::new())),
         Capability::VlanFiltering => std::thread::Builder::new()

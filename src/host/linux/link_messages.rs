@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
-use netlink_packet_route::address::{AddressAttribute, AddressMessage};
+use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{
     AfSpecBridge, BridgeStpState, BridgeVlanInfo, BridgeVlanInfoFlags, InfoBridge, InfoBridgePort, InfoData,
     InfoKind, InfoPortData, InfoPortKind, InfoVlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
@@ -205,8 +205,14 @@ fn address_message(index: u32, address: IpPrefix) -> AddressMessage {
     message
 }
 
-pub fn add_address(index: u32, address: IpPrefix) -> Request {
-    (RouteNetlinkMessage::NewAddress(address_message(index, address)), NLM_F_CREATE | NLM_F_EXCL)
+/// `is_gateway`: of a network of guests. It is not looked for on the link first (IPv6): a guest that claims it
+/// would take it from the host, and a bridge without guests could never be sure of it.
+pub fn add_address(index: u32, address: IpPrefix, is_gateway: bool) -> Request {
+    let mut message = address_message(index, address);
+    if is_gateway && address.address.is_ipv6() {
+        message.header.flags = AddressHeaderFlags::Nodad;
+    }
+    (RouteNetlinkMessage::NewAddress(message), NLM_F_CREATE | NLM_F_EXCL)
 }
 
 /// The same for an address that may be there.

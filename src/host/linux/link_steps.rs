@@ -25,7 +25,7 @@ use super::tap::NewTap;
 use crate::host::error::StepError;
 use crate::host::snapshot::{Capability, LinkKind, PortFacts};
 use crate::host::step::{LinkChange, NewLink, NewLinkKind, Step};
-use crate::name::{IpPrefix, LinkName};
+use crate::name::{IpPrefix, Kind, LinkName};
 
 /// How often a creation is tried again, under other indexes, when something was in its way for a moment.
 const CREATE_ATTEMPTS_MAX: u32 = 4;
@@ -189,7 +189,9 @@ impl Batch {
                 let doing = Doing::AddAddress(*address);
                 let known = self.known.get(link).ok_or_else(|| missing(doing.phrase(link)))?;
                 require_ours(known, doing.phrase(link))?;
-                Ok(Prepared::Send(Work::one(doing, message::add_address(known.index, *address))))
+                let is_gateway = known.mark().is_some_and(|mark| mark.owner.kind == Kind::Network);
+                let request = message::add_address(known.index, *address, is_gateway);
+                Ok(Prepared::Send(Work::one(doing, request)))
             }
             Step::RemoveAddress { link, address } => {
                 let Some(known) = self.known.get(link) else { return Ok(Prepared::Done) };

@@ -15,6 +15,7 @@ pub mod link_steps;
 pub mod links;
 pub mod lock;
 mod netlink;
+mod network;
 mod ofd;
 mod parallel;
 pub mod signals;
@@ -39,11 +40,12 @@ pub use lock::{Holder, HostLock, LockError};
 pub use ofd::has_writer;
 pub use vm_user::first_choice as vm_uid;
 
+use self::network::Networks;
 use self::storage::Storage;
 use self::vm_control::Vms;
 use self::vm_usage::Usage;
 use super::error::ObserveError;
-use super::snapshot::Snapshot;
+use super::snapshot::{Capability, Snapshot};
 use super::{Host, Lane, Scope, Step, StepError};
 use crate::name::ObjectName;
 use crate::vmm::client::{Control, ControlError, Watch};
@@ -52,6 +54,7 @@ use crate::vmm::protocol::Condition;
 /// This machine, or the part of it that is in the calling thread's network namespace.
 pub struct LinuxHost {
     storage: Storage,
+    networks: Networks,
     vms: Vms,
 }
 
@@ -63,7 +66,7 @@ impl LinuxHost {
         vmm_program: impl Into<PathBuf>,
     ) -> Self {
         let vms = Vms { state_dir: state_dir.into(), run_dir: run_dir.into(), program: vmm_program.into() };
-        Self { storage: Storage::new(&vms.state_dir), vms }
+        Self { storage: Storage::new(&vms.state_dir), networks: Networks::new(&vms.state_dir), vms }
     }
 
     /// With another storage half, such as one that reports its progress.
@@ -148,6 +151,10 @@ impl LinuxHost {
             | Step::RetainVolume { .. }
             | Step::TrashVolume { .. }
             | Step::RetainImage { .. } => self.storage.run(step),
+            Step::SetTable { .. }
+            | Step::DeleteTable { .. }
+            | Step::RequireForwarding { .. }
+            | Step::ReleaseForwarding { .. } => self.networks.run(step),
             Step::CreateLink(_)
             | Step::DeleteLink { .. }
             | Step::MarkLink { .. }
@@ -164,9 +171,15 @@ impl Host for LinuxHost {
         let (pools, files) = self.storage.observe(scope);
         let links = links::observe();
         // What is there needs no trial: a look at a host that is as declared makes nothing at all.
-        let shown = links.as_ref().map(capability::shown_by).unwrap_or_default();
+        let mut shown = links.as_ref().map(capability::shown_by).unwrap_or_default();
+        let tables = self.networks.tables(scope.tables);
+        if tables.as_ref().is_ok_and(|tables| !tables.is_empty()) {
+            shown.insert(Capability::Nftables);
+        }
         let lacks = |&capability| Some((capability, capability::lacks(capability)?));
         Snapshot {
+            tables,
+            forwarding: self.networks.forwarding(),
             pools,
             vms: vm_process::observe(&self.vms.state_dir, &self.vms.run_dir),
             files,

@@ -139,6 +139,10 @@ impl State {
                 }
                 Ok(())
             }
+            Step::SetTable { .. }
+            | Step::DeleteTable { .. }
+            | Step::RequireForwarding { .. }
+            | Step::ReleaseForwarding { .. } => self.apply_to_network(step),
             other => self.apply_to_vm(other),
         }
     }

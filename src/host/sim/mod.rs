@@ -2,6 +2,7 @@
 //! suite holds it to them) and can fail, crash or be edited by others at any step.
 
 mod apply;
+mod networks;
 mod vms;
 
 use std::collections::BTreeSet;
@@ -9,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use super::error::ObserveError;
-use super::snapshot::{Capability, FileFacts, Pool, Snapshot};
+use super::snapshot::{Capability, FileFacts, Forwarding, IpFamily, Pool, Snapshot};
 use super::{Host, Scope, Step, StepError};
 use crate::name::ObjectName;
 
@@ -28,6 +29,8 @@ pub struct Faults {
     pub guests_refuse: bool,
     /// Looking at links fails.
     pub links_unseen: bool,
+    /// Looking at nftables tables fails.
+    pub tables_unseen: bool,
     /// Looking at VMs fails.
     pub vms_unseen: bool,
     /// Looking at these pools fails.
@@ -45,6 +48,8 @@ struct State {
     /// Files outside of pools.
     files: std::collections::BTreeMap<PathBuf, FileFacts>,
     faults: Faults,
+    /// Forwarding that was on before any of our networks needed it.
+    forwards_anyway: BTreeSet<IpFamily>,
     steps: usize,
     log: Vec<Step>,
     next_pid: i32,
@@ -61,6 +66,8 @@ impl SimHost {
     pub fn new() -> Self {
         let world = Snapshot {
             links: Ok(Default::default()),
+            tables: Ok(Default::default()),
+            forwarding: Ok(IpFamily::ALL.map(|family| (family, Forwarding::default())).into()),
             pools: Default::default(),
             vms: Ok(Default::default()),
             files: Default::default(),
@@ -71,6 +78,7 @@ impl SimHost {
             lacks: BTreeSet::new(),
             files: Default::default(),
             faults: Faults::default(),
+            forwards_anyway: BTreeSet::new(),
             steps: 0,
             log: Vec::new(),
             next_pid: 1000,
@@ -134,6 +142,9 @@ impl Host for SimHost {
         }
         if faults.links_unseen {
             seen.links = Err(ObserveError::new("list links", "no buffer space (simulated)"));
+        }
+        if faults.tables_unseen {
+            seen.tables = Err(ObserveError::new("list our nftables tables", "no answer (simulated)"));
         }
         if faults.vms_unseen {
             seen.vms = Err(ObserveError::new("read the VMs' definitions", "permission denied (simulated)"));

@@ -26,32 +26,47 @@ pub fn compare(id: &ObjectId, want: &Bridge, context: &Context) -> Action {
         }
     }
     let mark = Mark::new(context.declared.set.clone(), id.clone());
-    match links::holder(context, links, &name, &mark) {
-        Holder::Absent => create(&mut action, &name, want, &mark),
-        Holder::Ours(have) => {
-            action.usable = matches!(have.kind, LinkKind::Bridge(_));
-            compare_settings(&mut action, &name, want, have);
-        }
-        Holder::Renamed(have, old) => {
-            links::remark(&mut action, &name, old, &mark);
-            compare_settings(&mut action, &name, want, have);
-        }
-        Holder::Unmarked(have) => {
-            compare_settings(&mut action, &name, want, have);
-            if !action.changes.is_empty() || !action.blockers.is_empty() {
-                let blocker = links::not_ours(&name, &action);
-                return action.blocked(blocker);
-            }
-            action.verb(Verb::Adopt, format!("{name} exists and already is what is declared"));
-            action.step(Step::MarkLink { link: name.clone(), mark: mark.clone() });
-        }
-        Holder::Others(blocker) => return action.blocked(blocker),
+    if let Err(blocker) = compare_link(&mut action, &name, want, &mark, links, context) {
+        return action.blocked(blocker);
     }
     for port in &want.ports {
         compare_port(&mut action, id, &name, want, port, context);
     }
     release_ports(&mut action, id, want, context);
     action.finish()
+}
+
+/// The link itself, without its ports; for the bridges of networks too.
+pub(in crate::kinds) fn compare_link<'a>(
+    action: &mut Action,
+    name: &LinkName,
+    want: &Bridge,
+    mark: &Mark,
+    links: &'a std::collections::BTreeMap<LinkName, Link>,
+    context: &Context<'a>,
+) -> Result<(), Blocker> {
+    match links::holder(context, links, name, mark) {
+        Holder::Absent => create(action, name, want, mark),
+        Holder::Ours(have) => {
+            action.usable = matches!(have.kind, LinkKind::Bridge(_));
+            compare_settings(action, name, want, have, context);
+        }
+        Holder::Renamed(have, old) => {
+            links::remark(action, name, old, mark);
+            compare_settings(action, name, want, have, context);
+        }
+        Holder::Unmarked(have) => {
+            let before = (action.changes.len(), action.blockers.len());
+            compare_settings(action, name, want, have, context);
+            if (action.changes.len(), action.blockers.len()) != before {
+                return Err(links::not_ours(name, action));
+            }
+            action.verb(Verb::Adopt, format!("{name} exists and already is what is declared"));
+            action.step(Step::MarkLink { link: name.clone(), mark: mark.clone() });
+        }
+        Holder::Others(blocker) => return Err(blocker),
+    }
+    Ok(())
 }
 
 fn summary(want: &Bridge) -> String {
@@ -82,7 +97,7 @@ fn create(action: &mut Action, name: &LinkName, want: &Bridge, mark: &Mark) {
     }
 }
 
-fn compare_settings(action: &mut Action, name: &LinkName, want: &Bridge, have: &Link) {
+fn compare_settings(action: &mut Action, name: &LinkName, want: &Bridge, have: &Link, context: &Context) {
     let LinkKind::Bridge(settings) = &have.kind else {
         action.differs("kind", Some(describe_kind(&have.kind)), Some("bridge".into()), Impact::Replace);
         action.block(
@@ -122,7 +137,11 @@ fn compare_settings(action: &mut Action, name: &LinkName, want: &Bridge, have: &
         action.step(set(name, LinkChange::MacAddress(mac)));
     }
     links::compare_mtu_and_up(action, name, have, want.mtu);
-    links::compare_addresses(action, name, &have.addresses, &want.addresses);
+    // Those that a network puts on it are the network's business.
+    let lent = context.addresses_lent_to(name);
+    let own =
+        have.addresses.iter().filter(|address| !lent.contains(address) || want.addresses.contains(address));
+    links::compare_addresses(action, name, &own.copied().collect(), &want.addresses);
 }
 
 fn describe_kind(kind: &LinkKind) -> String {

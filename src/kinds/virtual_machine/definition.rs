@@ -7,6 +7,7 @@ use super::{Boot, Interface, VirtualMachine};
 use crate::host::snapshot::{VlanFlags, VmDefinition};
 use crate::kinds::action::Blocker;
 use crate::kinds::bridge::Bridge;
+use crate::kinds::stable::stable_hash;
 use crate::kinds::storage_pool::compare::resolve;
 use crate::kinds::volume::Content;
 use crate::kinds::{Context, volume::Volume};
@@ -14,18 +15,6 @@ use crate::name::{LinkName, MacAddress, Mark, ObjectName, SetName, VlanId};
 use crate::vmm::config::{
     BackingConfig, BootConfig, DiskConfig, DiskFormat, NicConfig, VmConfig, VsockConfig,
 };
-
-/// FNV-1a: stable for all time, which the names and addresses made from it must be.
-fn stable_hash(parts: &[&str]) -> u64 {
-    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    for byte in parts.join("\0").bytes() {
-        hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-    }
-    // The low bits of FNV mix well only after a final avalanche.
-    hash ^= hash >> 33;
-    hash = hash.wrapping_mul(0xff51_afd7_ed55_8ccd);
-    hash ^ (hash >> 33)
-}
 
 /// The address of a NIC that declares none: in QEMU's and libvirt's customary range.
 pub fn default_mac(set: &SetName, vm: &ObjectName, nic: &str) -> MacAddress {
@@ -77,10 +66,13 @@ pub fn define(
 ) -> Result<VmDefinition, Blocker> {
     let (mut nics, mut bridges, mut vlans) = (Vec::new(), Vec::new(), Vec::new());
     for nic in &want.interfaces {
-        let Some(bridge) = context.declared.bridge(&nic.bridge) else {
-            return Err(Blocker::new(format!("Bridge/{} is not declared", nic.bridge)));
+        let Some(place) = nic.attachment.place(context.declared) else {
+            return Err(Blocker::new(format!("{} is not declared", nic.attachment.object())));
         };
-        bridges.push(bridge.link_name(&nic.bridge).map_err(|error| Blocker::new(error.to_string()))?);
+        let invalid = |error: crate::name::NameError| Blocker::new(error.to_string());
+        let place = place.map_err(invalid)?;
+        let bridge = place.bridge();
+        bridges.push(place.link(&nic.attachment.object().name).map_err(invalid)?);
         vlans.push(port_vlans(nic, bridge));
         let mac = nic.mac_address.unwrap_or_else(|| default_mac(&mark.set, vm, &nic.name));
         nics.push(NicConfig {

@@ -13,9 +13,10 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::Reference;
+use super::network::Place;
+use super::{Declared, Reference};
 use crate::host::snapshot::{CpuShare, RunStrategy, VlanFlags};
-use crate::name::{ByteSize, Kind, MacAddress, ObjectId, ObjectName, VlanId};
+use crate::name::{ByteSize, Kind, MacAddress, NameError, ObjectId, ObjectName, VlanId};
 use crate::vmm::config::{
     BalloonConfig, CacheMode, CpuConfig, DiskBoot, EntropyConfig, Limits, MachineKind, MemoryConfig,
 };
@@ -66,7 +67,7 @@ pub struct Disk {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Interface {
     pub name: String,
-    pub bridge: ObjectName,
+    pub attachment: Attachment,
     /// `None`: [`default_mac`].
     pub mac_address: Option<MacAddress>,
     /// `None`: what the bridge gives its ports. Only on a bridge that filters.
@@ -75,6 +76,39 @@ pub struct Interface {
     pub link_up: bool,
     pub receive_limits: Limits,
     pub transmit_limits: Limits,
+}
+
+/// What a NIC is plugged into.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Attachment {
+    Bridge(ObjectName),
+    Network(ObjectName),
+}
+
+impl Attachment {
+    pub fn object(&self) -> ObjectId {
+        match self {
+            Self::Bridge(name) => ObjectId::new(Kind::Bridge, name.clone()),
+            Self::Network(name) => ObjectId::new(Kind::Network, name.clone()),
+        }
+    }
+
+    /// The manifest's field.
+    pub fn field(&self) -> &'static str {
+        match self {
+            Self::Bridge(_) => "bridge",
+            Self::Network(_) => "network",
+        }
+    }
+
+    /// The bridge that its tap belongs to. `None`: what it names is not declared.
+    pub fn place<'a>(&self, declared: &'a Declared) -> Option<Result<Place<'a>, NameError>> {
+        match self {
+            Self::Bridge(name) => Some(Ok(Place::Declared(self.object(), declared.bridge(name)?))),
+            Self::Network(name) => Some(declared.network(name)?.place(name, declared)),
+        }
+    }
 }
 
 /// Which VLANs a guest has on its bridge.
@@ -123,8 +157,8 @@ impl VirtualMachine {
             pointer: format!("/disks/{index}/volume"),
         });
         let bridges = self.interfaces.iter().enumerate().map(|(index, nic)| Reference {
-            to: ObjectId::new(Kind::Bridge, nic.bridge.clone()),
-            pointer: format!("/interfaces/{index}/bridge"),
+            to: nic.attachment.object(),
+            pointer: format!("/interfaces/{index}/{}", nic.attachment.field()),
         });
         volumes.chain(bridges).collect()
     }

@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::super::{
-    AccessVlan, Disk as InnerDisk, Interface as InnerInterface, TrunkVlans, Vlans as InnerVlans,
+    AccessVlan, Attachment, Disk as InnerDisk, Interface as InnerInterface, TrunkVlans, Vlans as InnerVlans,
 };
 use super::device_name;
 use crate::kinds::{Problems, SpecProblem};
@@ -70,8 +70,10 @@ pub struct DiskLimits {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Interface {
-    /// The Bridge that its tap is a port of; changes live.
-    pub bridge: String,
+    /// The Bridge that its tap is a port of; changes live. This or `network`.
+    pub bridge: Option<String>,
+    /// The Network that it is in; changes live. This or `bridge`.
+    pub network: Option<String>,
     /// The NIC's name in the VM, at most 20 bytes. Default: `net<index>`.
     pub name: Option<String>,
     /// Its address. Default: made from the set's, the VM's and the NIC's names, and so always the same.
@@ -214,7 +216,24 @@ impl Interface {
     ) -> Option<InnerInterface> {
         let pointer = format!("/interfaces/{index}");
         let name = device_name(self.name, "net", index, &pointer, names, problems);
-        let bridge = problems.take(&format!("{pointer}/bridge"), ObjectName::parse(&self.bridge));
+        let attachment = match (&self.bridge, &self.network) {
+            (Some(bridge), None) => {
+                problems.take(&format!("{pointer}/bridge"), ObjectName::parse(bridge)).map(Attachment::Bridge)
+            }
+            (None, Some(network)) => problems
+                .take(&format!("{pointer}/network"), ObjectName::parse(network))
+                .map(Attachment::Network),
+            (Some(_), Some(_)) => {
+                let message = "`bridge` and `network` are both given; a NIC has one of them";
+                problems.add(SpecProblem::new(&pointer, message));
+                None
+            }
+            (None, None) => {
+                let message = "neither `bridge` nor `network` is given; a NIC has one of them";
+                problems.add(SpecProblem::new(&pointer, message));
+                None
+            }
+        };
         let mac_address = self
             .mac_address
             .as_deref()
@@ -245,7 +264,7 @@ impl Interface {
         };
         Some(InnerInterface {
             name: name?,
-            bridge: bridge?,
+            attachment: attachment?,
             mac_address,
             vlans,
             queues: self.queues.unwrap_or(1),

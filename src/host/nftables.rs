@@ -1,0 +1,359 @@
+//! nftables tables of ours as values, and the least that must be written to make one what it shall be.
+//! Pure: who runs `nft` is `linux/nftables.rs`.
+//!
+//! A rule's expressions are kept in nftables' own JSON, spelled as `nft` prints it, so that what is read
+//! back can be compared with what was written.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::name::{Kind, Mark, NameError, ObjectId};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Family {
+    /// IPv4 and IPv6.
+    Inet,
+}
+
+impl Family {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Inet => "inet",
+        }
+    }
+}
+
+/// A table's family and name. The name says whose it is (`vmctl.<set>.<network>`: labels hold no dots), for
+/// a table can't be marked otherwise in a way that every `nft` prints.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct TableId {
+    pub family: Family,
+    pub owner: Mark,
+}
+
+impl TableId {
+    pub fn of_network(mark: &Mark) -> Self {
+        Self { family: Family::Inet, owner: mark.clone() }
+    }
+
+    pub fn name(&self) -> String {
+        format!("vmctl.{}.{}", self.owner.set, self.owner.owner.name)
+    }
+
+    /// `None`: not one of ours.
+    pub fn parse(family: &str, name: &str) -> Option<Self> {
+        let (set, object) = name.strip_prefix("vmctl.")?.split_once('.')?;
+        let owner = ObjectId::new(Kind::Network, object.parse().ok()?);
+        match family {
+            "inet" => Some(Self { family: Family::Inet, owner: Mark::new(set.parse().ok()?, owner) }),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for TableId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.family.as_str(), self.name())
+    }
+}
+
+impl FromStr for TableId {
+    type Err = NameError;
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        let id = text.split_once(' ').and_then(|(family, name)| Self::parse(family, name));
+        id.ok_or_else(|| NameError(format!("`{text}` is not a table of vmctl's")))
+    }
+}
+
+impl TryFrom<String> for TableId {
+    type Error = NameError;
+    fn try_from(text: String) -> Result<Self, NameError> {
+        text.parse()
+    }
+}
+
+impl From<TableId> for String {
+    fn from(id: TableId) -> String {
+        id.to_string()
+    }
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Table {
+    pub chains: BTreeMap<String, Chain>,
+    /// What else is in it (`set x`): none of it is ours.
+    #[serde(default)]
+    pub others: BTreeSet<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Chain {
+    /// `None`: only others jump to it.
+    pub base: Option<BaseChain>,
+    pub rules: Vec<Rule>,
+}
+
+/// Where a chain is hooked in. Its policy is `accept`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BaseChain {
+    #[serde(rename = "type")]
+    pub kind: String,
+    pub hook: String,
+    #[serde(rename = "prio")]
+    pub priority: i64,
+    pub policy: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rule {
+    /// What it is for; shown to people, and no key.
+    pub comment: String,
+    pub expr: Vec<Value>,
+}
+
+/// A table as it is in the kernel: its rules have handles, in the chains' order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Listed {
+    pub table: Table,
+    pub handles: BTreeMap<String, Vec<u64>>,
+}
+
+impl Listed {
+    /// From the objects that `nft -j list table` prints.
+    pub fn parse(objects: &[Value]) -> Result<Self, String> {
+        let mut listed = Self::default();
+        for object in objects {
+            let Some((kind, value)) = object.as_object().and_then(|object| object.iter().next()) else {
+                return Err(format!("`{object}` is no object of nftables"));
+            };
+            let text = |field: &str| {
+                let text = value.get(field).and_then(Value::as_str);
+                text.map(str::to_owned).ok_or_else(|| format!("a {kind} without `{field}`"))
+            };
+            match kind.as_str() {
+                "metainfo" | "table" => {}
+                "chain" => {
+                    let base = match value.get("hook") {
+                        Some(_) => Some(BaseChain::deserialize(value).map_err(|error| error.to_string())?),
+                        None => None,
+                    };
+                    listed.table.chains.insert(text("name")?, Chain { base, rules: Vec::new() });
+                    listed.handles.insert(text("name")?, Vec::new());
+                }
+                "rule" => {
+                    let name = text("chain")?;
+                    let chain = listed.table.chains.get_mut(&name);
+                    let chain = chain.ok_or_else(|| format!("a rule of the unknown chain {name}"))?;
+                    let comment = text("comment").unwrap_or_default();
+                    let expr = value.get("expr").and_then(Value::as_array).cloned().unwrap_or_default();
+                    chain.rules.push(Rule { comment, expr });
+                    let handle = value.get("handle").and_then(Value::as_u64);
+                    let handle = handle.ok_or_else(|| "a rule without `handle`".to_owned())?;
+                    listed.handles.entry(name).or_default().push(handle);
+                }
+                other => {
+                    listed.table.others.insert(format!("{other} {}", text("name").unwrap_or_default()));
+                }
+            }
+        }
+        Ok(listed)
+    }
+}
+
+/// The commands that make a table what it shall be; run in one transaction. Rules that stay are not touched:
+/// neither they nor the connections that they judge notice anything.
+pub fn transaction(id: &TableId, have: Option<&Listed>, want: &Table) -> Vec<Value> {
+    let mut commands = Commands { family: id.family.as_str(), table: id.name(), list: Vec::new() };
+    let nothing = Listed::default();
+    let have = match have {
+        // What isn't ours may use, or be used by, anything in it: begin anew.
+        Some(have) if !have.table.others.is_empty() => {
+            commands.table("delete");
+            commands.table("add");
+            &nothing
+        }
+        Some(have) => have,
+        None => {
+            commands.table("add");
+            &nothing
+        }
+    };
+    let suits = |name: &String| {
+        let (have, want) = (have.table.chains.get(name), want.chains.get(name));
+        have.zip(want).is_some_and(|(have, want)| hooked_alike(&have.base, &want.base))
+    };
+    for name in have.table.chains.keys().filter(|name| !suits(name)) {
+        commands.chain("flush", name, None);
+    }
+    for name in have.table.chains.keys().filter(|name| !suits(name)) {
+        commands.chain("delete", name, None);
+    }
+    for (name, chain) in &want.chains {
+        if suits(name) {
+            if have.table.chains[name].base != chain.base {
+                // The policy alone can be changed in place, and by this.
+                commands.chain("add", name, chain.base.as_ref());
+            }
+            commands.rules(name, &have.table.chains[name].rules, &have.handles[name], &chain.rules);
+        } else {
+            commands.chain("add", name, chain.base.as_ref());
+            commands.rules(name, &[], &[], &chain.rules);
+        }
+    }
+    commands.list
+}
+
+/// But for the policy.
+fn hooked_alike(have: &Option<BaseChain>, want: &Option<BaseChain>) -> bool {
+    let place = |base: &BaseChain| (base.kind.clone(), base.hook.clone(), base.priority);
+    have.as_ref().map(place) == want.as_ref().map(place)
+}
+
+struct Commands {
+    family: &'static str,
+    table: String,
+    list: Vec<Value>,
+}
+
+impl Commands {
+    fn table(&mut self, verb: &str) {
+        self.list.push(json!({verb: {"table": {"family": self.family, "name": self.table}}}));
+    }
+
+    fn chain(&mut self, verb: &str, name: &str, base: Option<&BaseChain>) {
+        let mut chain = json!({"family": self.family, "table": self.table, "name": name});
+        if let (Some(base), Some(chain)) = (base, chain.as_object_mut()) {
+            chain.insert("type".into(), json!(base.kind));
+            chain.insert("hook".into(), json!(base.hook));
+            chain.insert("prio".into(), json!(base.priority));
+            chain.insert("policy".into(), json!(base.policy));
+        }
+        self.list.push(json!({verb: {"chain": chain}}));
+    }
+
+    /// The longest common run of rules stays; the others go by their handles, or come beside what stays.
+    fn rules(&mut self, chain: &str, have: &[Rule], handles: &[u64], want: &[Rule]) {
+        let stays = common(have, want);
+        for (index, handle) in handles.iter().enumerate() {
+            if !stays.iter().any(|(kept, _)| *kept == index) {
+                let rule =
+                    json!({"family": self.family, "table": self.table, "chain": chain, "handle": handle});
+                self.list.push(json!({"delete": {"rule": rule}}));
+            }
+        }
+        for (index, rule) in want.iter().enumerate() {
+            if stays.iter().any(|(_, kept)| *kept == index) {
+                continue;
+            }
+            let mut new = json!({"family": self.family, "table": self.table, "chain": chain,
+                                 "comment": rule.comment, "expr": rule.expr});
+            // Before the next one that stays: several in a row keep their order so.
+            match stays.iter().find(|(_, kept)| *kept > index) {
+                Some((before, _)) => {
+                    new["handle"] = json!(handles[*before]);
+                    self.list.push(json!({"insert": {"rule": new}}));
+                }
+                None => self.list.push(json!({"add": {"rule": new}})),
+            }
+        }
+    }
+}
+
+/// The longest common subsequence, as pairs of indexes. (Lists of rules are short.)
+fn common(have: &[Rule], want: &[Rule]) -> Vec<(usize, usize)> {
+    let mut longest = vec![vec![0usize; want.len() + 1]; have.len() + 1];
+    for i in (0..have.len()).rev() {
+        for j in (0..want.len()).rev() {
+            longest[i][j] = if have[i] == want[j] {
+                longest[i + 1][j + 1] + 1
+            } else {
+                longest[i + 1][j].max(longest[i][j + 1])
+            };
+        }
+    }
+    let (mut i, mut j, mut pairs) = (0, 0, Vec::new());
+    while i < have.len() && j < want.len() {
+        if have[i] == want[j] {
+            pairs.push((i, j));
+            (i, j) = (i + 1, j + 1);
+        } else if longest[i + 1][j] >= longest[i][j + 1] {
+            i += 1;
+        } else {
+            j += 1;
+        }
+    }
+    pairs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rule(text: &str) -> Rule {
+        Rule { comment: text.to_owned(), expr: vec![json!({"accept": null})] }
+    }
+
+    fn id() -> TableId {
+        "inet vmctl.default.web".parse().unwrap()
+    }
+
+    fn table(rules: &[&str]) -> Table {
+        let rules = rules.iter().map(|text| rule(text)).collect();
+        Table { chains: [("forward".to_owned(), Chain { base: None, rules })].into(), ..Table::default() }
+    }
+
+    fn listed(rules: &[&str]) -> Listed {
+        let handles = (1..=rules.len() as u64).map(|number| number * 10).collect();
+        Listed { table: table(rules), handles: [("forward".to_owned(), handles)].into() }
+    }
+
+    /// What the commands do, in short: `-20` deletes a rule, `b<30` inserts one, `c` adds one at the end.
+    fn short(have: &[&str], want: &[&str]) -> String {
+        let commands = transaction(&id(), Some(&listed(have)), &table(want));
+        let word = |command: &Value| {
+            let (verb, object) = command.as_object().unwrap().iter().next().unwrap();
+            let rule = &object["rule"];
+            match verb.as_str() {
+                "delete" => format!("-{}", rule["handle"]),
+                "insert" => format!("{}<{}", rule["comment"].as_str().unwrap(), rule["handle"]),
+                "add" => rule["comment"].as_str().unwrap().to_owned(),
+                other => other.to_owned(),
+            }
+        };
+        commands.iter().map(word).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn only_what_differs_is_written() {
+        assert_eq!(short(&["a", "b", "c"], &["a", "b", "c"]), "");
+        assert_eq!(short(&["a", "c"], &["a", "b", "c"]), "b<20");
+        assert_eq!(short(&["a", "x", "b"], &["a", "b"]), "-20");
+        assert_eq!(short(&["b", "a"], &["a", "b"]), "-10 b");
+        assert_eq!(short(&["a"], &["x", "y", "a", "z"]), "x<10 y<10 z");
+        assert_eq!(short(&["x", "y"], &["a"]), "-10 -20 a");
+    }
+
+    #[test]
+    fn what_is_not_ours_in_a_table_makes_it_anew() {
+        let mut have = listed(&["a"]);
+        have.table.others.insert("set x".to_owned());
+        let commands = transaction(&id(), Some(&have), &table(&["a"]));
+        assert_eq!(commands[0]["delete"]["table"]["name"], "vmctl.default.web");
+        assert_eq!(commands.len(), 4);
+    }
+
+    #[test]
+    fn names_of_tables_say_whose_they_are() {
+        assert_eq!(id().owner.to_string(), "vmctl:default:Network/web");
+        assert_eq!(id().to_string(), "inet vmctl.default.web");
+        for other in ["vmctl", "vmctl.default", "filter", "vmctl.default.a.b", "vmctl.default.A", "docker"] {
+            assert_eq!(TableId::parse("inet", other), None, "{other}");
+        }
+        assert_eq!(TableId::parse("ip", "vmctl.default.web"), None);
+    }
+}
