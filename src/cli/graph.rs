@@ -100,6 +100,12 @@ fn of_objects(objects: &[Object]) -> Graph {
             Status::Vlan(vlan) => {
                 ids.links.insert(&vlan.link.interface, id);
             }
+            Status::Network(network) => {
+                if let Some(bridge) = &network.bridge {
+                    // A declared Bridge is there before, and stays what its taps are on.
+                    ids.links.entry(bridge).or_insert(id);
+                }
+            }
             Status::StoragePool(_) => {
                 ids.pools.insert(&object.id.name, id);
             }
@@ -137,6 +143,12 @@ fn of_objects(objects: &[Object]) -> Graph {
                 if let Some(parent) = &vlan.parent {
                     let parent = ids.links.get(parent).cloned().unwrap_or_else(|| graph.foreign(parent));
                     graph.edge(parent, &own);
+                }
+            }
+            Status::Network(network) => {
+                let bridge = network.bridge.as_ref().and_then(|bridge| ids.links.get(bridge));
+                if let Some(bridge) = bridge.filter(|bridge| **bridge != own) {
+                    graph.edge(bridge, &own);
                 }
             }
             Status::StoragePool(_) => {}
@@ -193,6 +205,11 @@ fn describe(status: &Status) -> (Vec<String>, bool) {
             let mut details = vec![format!("{}{id}", vlan.link.interface)];
             details.extend(vlan.link.addresses.iter().cloned());
             (details, !vlan.link.up)
+        }
+        Status::Network(network) => {
+            let mut details: Vec<String> = network.bridge.iter().map(ToString::to_string).collect();
+            details.extend(network.link.iter().flat_map(|link| link.addresses.iter().cloned()));
+            (details, !network.link.as_ref().is_some_and(|link| link.up))
         }
         Status::StoragePool(pool) => {
             // (Not what is available: that changes by itself, and the drawing with it.)

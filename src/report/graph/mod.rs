@@ -1,4 +1,4 @@
-//! What hangs together on a host, as a graph: NIC → VLAN → bridge → tap → VM → volume → image → pool.
+//! What hangs together on a host, as a graph: NIC → VLAN → bridge → network → tap → VM → volume → image → pool.
 //!
 //! The same graph always gives the same text, byte for byte, so that it can be kept beside the manifests and
 //! compared.
@@ -25,6 +25,7 @@ pub enum NodeKind {
     Nic,
     Vlan,
     Bridge,
+    Network,
     Tap,
     VirtualMachine,
     Volume,
@@ -37,6 +38,7 @@ impl NodeKind {
         Some(match kind {
             Kind::Bridge => Self::Bridge,
             Kind::Vlan => Self::Vlan,
+            Kind::Network => Self::Network,
             Kind::StoragePool => Self::Pool,
             Kind::Image => Self::Image,
             Kind::Volume => Self::Volume,
@@ -50,6 +52,7 @@ impl NodeKind {
             Self::Nic => "NIC",
             Self::Vlan => "VLAN",
             Self::Bridge => "bridge",
+            Self::Network => "network",
             Self::Tap => "tap",
             Self::VirtualMachine => "VM",
             Self::Volume => "volume",
@@ -64,6 +67,7 @@ impl NodeKind {
             Self::Nic => ("#eceff1", "#546e7a"),
             Self::Vlan => ("#ede7f6", "#5e35b1"),
             Self::Bridge => ("#e3f2fd", "#1565c0"),
+            Self::Network => ("#e8eaf6", "#303f9f"),
             Self::Tap => ("#e0f2f1", "#00796b"),
             Self::VirtualMachine => ("#e8f5e9", "#2e7d32"),
             Self::Volume => ("#fff8e1", "#b26a00"),
@@ -119,8 +123,11 @@ impl Graph {
     /// What manifests declare, whatever the host has.
     pub fn of_declared(declared: &Declared) -> Self {
         let mut graph = Self::default();
-        let links: BTreeMap<LinkName, &ObjectId> =
-            declared.objects.iter().filter_map(|(id, spec)| Some((link_of(id, spec)?, id))).collect();
+        let links: BTreeMap<LinkName, &ObjectId> = declared
+            .objects
+            .iter()
+            .filter_map(|(id, spec)| Some((link_of(id, spec, &declared.objects)?, id)))
+            .collect();
         for (id, spec) in &declared.objects {
             let Some(kind) = NodeKind::of(id.kind) else { continue };
             let own = id.to_string();
@@ -145,6 +152,11 @@ impl Graph {
                         graph.edge(&own, object(Kind::Bridge, bridge));
                     }
                 }
+                Spec::Network(network) => {
+                    if let Some(bridge) = network.declared_bridge(&declared.objects) {
+                        graph.edge(bridge.to_string(), &own);
+                    }
+                }
                 Spec::StoragePool(_) => {}
                 Spec::Image(image) => graph.edge(&own, object(Kind::StoragePool, &image.pool)),
                 Spec::Volume(volume) => {
@@ -166,7 +178,7 @@ impl Graph {
             let mac = nic.mac_address.map(|mac| format!("MAC {mac}"));
             let details = std::iter::once(format!("NIC {}", nic.name)).chain(mac).collect();
             self.node(&tap, NodeKind::Tap, name.as_str(), details, !nic.link_up);
-            self.edge(ObjectId::new(Kind::Bridge, nic.bridge.clone()).to_string(), &tap);
+            self.edge(nic.attachment.object().to_string(), &tap);
             self.edge(&tap, id.to_string());
         }
         for disk in &vm.disks {
@@ -205,6 +217,11 @@ fn describe(spec: &Spec) -> (Vec<String>, bool) {
             (details, false)
         }
         Spec::Vlan(vlan) => (vec![format!("{}, id {}", vlan.interface_name, vlan.id)], false),
+        Spec::Network(network) => {
+            let mut details = vec![network.mode.as_str().to_owned()];
+            details.extend(network.addresses().iter().map(ToString::to_string));
+            (details, false)
+        }
         Spec::StoragePool(pool) => (vec![pool.path.display().to_string()], false),
         Spec::Image(image) => (vec![word(&image.format), format!("sha256 {}", image.sha256)], false),
         Spec::Volume(volume) => (vec![format!("{} {}", word(&volume.format), volume.capacity)], false),
