@@ -20,6 +20,7 @@ fn error<T>(text: impl Into<String>) -> Result<T, NameError> {
 /// The kinds of object, in the order in which people like to read them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Kind {
+    HostPolicy,
     Bridge,
     Vlan,
     Network,
@@ -30,7 +31,8 @@ pub enum Kind {
 }
 
 impl Kind {
-    pub const ALL: [Kind; 7] = [
+    pub const ALL: [Kind; 8] = [
+        Kind::HostPolicy,
         Kind::Bridge,
         Kind::Vlan,
         Kind::Network,
@@ -42,6 +44,7 @@ impl Kind {
 
     pub fn as_str(self) -> &'static str {
         match self {
+            Kind::HostPolicy => "HostPolicy",
             Kind::Bridge => "Bridge",
             Kind::Vlan => "Vlan",
             Kind::Network => "Network",
@@ -55,6 +58,7 @@ impl Kind {
     /// What people type: the kind in any case, its plural, or a short name.
     pub fn aliases(self) -> &'static [&'static str] {
         match self {
+            Kind::HostPolicy => &["hostpolicy", "hostpolicies", "host", "hp"],
             Kind::Bridge => &["bridge", "bridges", "br"],
             Kind::Vlan => &["vlan", "vlans"],
             Kind::Network => &["network", "networks", "net"],

@@ -13,8 +13,8 @@ use vmctl::host::error::StepError;
 use vmctl::host::linux::LinuxHost;
 use vmctl::host::sim::SimHost;
 use vmctl::host::snapshot::{
-    BaseChain, Chain, CpuShare, IpFamily, LinkKind, PortFacts, Rule, RunStrategy, Table, TableId,
-    VmDefinition,
+    BaseChain, Chain, CpuShare, HostSetting, IpFamily, KsmRules, LinkKind, PolicyRules, PortFacts, Rule,
+    RunStrategy, Table, TableId, VmDefinition,
 };
 use vmctl::host::step::{LinkChange, NewVolume, NewVolumeContent, Step, StopHow};
 use vmctl::host::{Host, Scope};
@@ -36,7 +36,8 @@ impl Pair {
         std::fs::create_dir_all(&root).unwrap();
         let pool = root.join("pool");
         let scope = Scope { pools: vec![(object("default"), pool.clone())], ..Scope::default() };
-        let linux = LinuxHost::new(root.join("state"), root.join("run"), "/nonexistent/vmctl-vmm");
+        let linux = LinuxHost::new(root.join("state"), root.join("run"), "/nonexistent/vmctl-vmm")
+            .with_host_files(host_files(&root));
         Self { linux, sim: SimHost::new(), scope, pool, root }
     }
 
@@ -107,6 +108,8 @@ impl Pair {
                 vm.held
             ));
         }
+        let facts = snapshot.host.unwrap();
+        lines.push(format!("policy {:?} KSM {:?}", facts.policy, facts.ksm));
         lines.join("\n")
     }
 }
@@ -210,6 +213,70 @@ fn any_step(pool: PathBuf) -> impl Strategy<Value = Step> {
         }
     });
     prop_oneof![4 => links, 3 => volumes, 2 => vms]
+}
+
+/// `/proc` and `/sys` of a host like the simulated one. Nothing but KSM is plain enough to be played by files.
+fn host_files(root: &Path) -> PathBuf {
+    let files = root.join("host");
+    for (path, text) in [
+        ("proc/meminfo", "MemTotal: 67108864 kB\nMemAvailable: 62914560 kB\n"),
+        ("proc/sys/kernel/random/boot_id", "one\n"),
+        ("sys/devices/system/cpu/online", "0-15\n"),
+        ("sys/kernel/mm/ksm/run", "0\n"),
+        ("sys/kernel/mm/ksm/pages_to_scan", "100\n"),
+        ("sys/kernel/mm/ksm/pages_sharing", "0\n"),
+    ] {
+        let path = files.join(path);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    }
+    files
+}
+
+#[test]
+fn the_hosts_policy_is_one_sets_and_gives_back_what_it_changed() {
+    host::private_network();
+    let pair = Pair::new("policy");
+    let mark = host::mark(Kind::HostPolicy, "host");
+    let mut other = mark.clone();
+    other.set = "other".parse().unwrap();
+    let record = |mark: &Mark, run| {
+        let ksm = Some(KsmRules { run, pages_to_scan: None });
+        Step::RecordHostPolicy {
+            mark: mark.clone(),
+            rules: Box::new(PolicyRules { ksm, ..Default::default() }),
+        }
+    };
+    let set = |mark: &Mark, setting, value| Step::SetHostSetting { mark: mark.clone(), setting, value };
+    let restore = |mark: &Mark, setting| Step::RestoreHostSetting { mark: mark.clone(), setting };
+    let forget = |mark: &Mark| Step::ForgetHostPolicy { mark: mark.clone() };
+    let (run, scan) = (HostSetting::KsmRun, HostSetting::KsmPagesToScan);
+    let renamed = host::mark(Kind::HostPolicy, "renamed");
+    for (step, expected) in [
+        (set(&mark, run, 1), "not ours"),
+        (restore(&mark, run), "not ours"),
+        (forget(&mark), "done"),
+        (record(&mark, true), "done"),
+        (record(&mark, true), "done"),
+        (record(&other, false), "not ours"),
+        (set(&other, run, 1), "not ours"),
+        (set(&mark, run, 1), "done"),
+        (set(&mark, run, 1), "done"),
+        (set(&mark, scan, 500), "done"),
+        (set(&mark, scan, 700), "done"),
+        (set(&mark, HostSetting::HugePages { page_bytes: 4096 }, 1), "failed"),
+        (restore(&other, scan), "not ours"),
+        (restore(&mark, scan), "done"),
+        (restore(&mark, scan), "done"),
+        (record(&renamed, true), "done"),
+        (forget(&mark), "not ours"),
+        (restore(&renamed, run), "done"),
+        (forget(&other), "not ours"),
+        (forget(&renamed), "done"),
+        (forget(&renamed), "done"),
+    ] {
+        assert_eq!(pair.run(&step), expected, "{step:?}");
+    }
 }
 
 fn create_pool(pool: &Path, mark: Mark) -> Step {

@@ -239,5 +239,5 @@ fn explain_prints_fields_as_kubectl_does() {
     let error = explain("virtualmachin").unwrap_err();
     expect![[r#"
         unknown kind `virtualmachin`
-        did you mean `VirtualMachine`? The kinds are `Bridge`, `Vlan`, `Network`, `StoragePool`, `Image`, `Volume` and `VirtualMachine`"#]].assert_eq(&format!("{error}\n{}", error.hint));
+        did you mean `VirtualMachine`? The kinds are `HostPolicy`, `Bridge`, `Vlan`, `Network`, `StoragePool`, `Image`, `Volume` and `VirtualMachine`"#]].assert_eq(&format!("{error}\n{}", error.hint));
 }

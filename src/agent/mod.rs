@@ -13,6 +13,7 @@
 //! source can't be read whole. VMs outlive this process, however it ends.
 
 mod backoff;
+mod balloon;
 mod log;
 mod source;
 mod vms;
@@ -37,6 +38,7 @@ use crate::pipeline::Declaration;
 use crate::plan::{Plan, Policy, Removal, plan};
 use crate::report::text;
 use backoff::{Backoff, STEADY};
+use balloon::Balloons;
 use log::Log;
 use source::{Reading, Source};
 use vms::{Heard, Vms};
@@ -91,6 +93,7 @@ struct Agent<'a> {
     /// The source was whole when it was last read.
     source_is_good: bool,
     backoff: Backoff,
+    balloons: Balloons,
     started: BTreeMap<ObjectId, Instant>,
     due: Due,
     last_pass: Instant,
@@ -117,6 +120,7 @@ pub fn run(host: &LinuxHost, options: Options) -> Result<(), AgentError> {
         declared: None,
         source_is_good: false,
         backoff: Backoff::default(),
+        balloons: Balloons::default(),
         started: BTreeMap::new(),
         due: Due { source: true, host: true, burst: None },
         last_pass: Instant::now(),
@@ -456,7 +460,8 @@ impl Agent<'_> {
                 self.due.source |= now >= resync;
                 return Ok(());
             }
-            let until = [Some(resync), retry, quiet].into_iter().flatten().min().unwrap_or(resync);
+            let balloons = self.move_balloons(now);
+            let until = [Some(resync), retry, quiet, balloons].into_iter().flatten().min().unwrap_or(resync);
             self.poll(until.saturating_duration_since(now))?;
             match self.signals.next()? {
                 Some(Signal::End) => self.ends = true,
@@ -474,6 +479,22 @@ impl Agent<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Where a policy says so, and it is time. Gives when it is time again.
+    fn move_balloons(&mut self, now: Instant) -> Option<Instant> {
+        let (declaration, _) = self.declared.as_ref()?;
+        let declared = &declaration.desired.declared;
+        if self.balloons.due(declared)? <= now {
+            match self.balloons.run(self.host, declared) {
+                Ok(said) => {
+                    self.log.forget("balloons");
+                    said.iter().for_each(|line| self.log.say(line));
+                }
+                Err(why) => self.log.state("balloons", &format!("balloons stay as they are: {why}")),
+            }
+        }
+        self.balloons.due(declared)
     }
 
     fn poll(&self, timeout: Duration) -> std::io::Result<()> {

@@ -8,10 +8,12 @@ use serde::Serialize;
 use super::args::Format;
 use super::error::Result;
 use super::exit::Exit;
+use super::objects::{HostStatus, host_status};
 use super::session::{Session, is_program};
 use crate::host::linux::{capability, cgroup};
 use crate::host::snapshot::Capability;
 use crate::host::{Host, Scope};
+use crate::report::units::size;
 
 /// Say what this host can and can't do, and how to change that
 ///
@@ -92,17 +94,31 @@ fn checks(session: &Session) -> Vec<Check> {
             Some(how) => Check::bad(name, how, capability.remedy()),
         });
     }
+    if let Ok(host) = &snapshot.host {
+        checks.extend(capacity(&host_status(host, &snapshot)));
+    }
     checks.push(cgroups());
     checks.push(landlock());
     checks.push(vmm(&session.vmm_program));
     checks.push(folder("state folder", &session.state_dir, "--state-dir"));
     checks.push(folder("run folder", &session.run_dir, "--run-dir"));
-    let unseen = snapshot.links.err().into_iter().chain(snapshot.vms.err());
+    let unseen = snapshot.host.err().into_iter().chain(snapshot.links.err()).chain(snapshot.vms.err());
     let unseen = unseen.chain(snapshot.pools.into_values().filter_map(|pool| pool.err()));
     checks.extend(
         unseen.map(|error| Check::bad(error.what, error.why, "see what its state is, and try again")),
     );
     checks
+}
+
+/// What VMs have and may have: no ability, but what people ask next.
+fn capacity(host: &HostStatus) -> Vec<Check> {
+    let memory = format!("{}, {} available", host.memory_text(), size(host.available_bytes));
+    vec![
+        Check::good("CPUs", host.cpu_text()),
+        Check::good("memory", memory),
+        Check::good("huge pages", host.pages_text()),
+        Check::good("KSM", host.ksm_text()),
+    ]
 }
 
 fn rights() -> Check {

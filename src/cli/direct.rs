@@ -14,7 +14,8 @@ use crate::plan::{Plan, fingerprint};
 use crate::report::Report;
 
 /// These actions as a plan, so that they run and print as all others.
-pub fn plan(set: &SetName, snapshot: &Snapshot, actions: Vec<Action>) -> Plan {
+pub fn plan(set: &SetName, snapshot: &Snapshot, mut actions: Vec<Action>) -> Plan {
+    crate::plan::admit(snapshot, &mut actions);
     let observed = fingerprint(snapshot, &actions);
     Plan { set: set.clone(), actions, refusals: Vec::new(), hash: String::new(), approved: false, observed }
 }

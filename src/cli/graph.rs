@@ -115,7 +115,7 @@ fn of_objects(objects: &[Object]) -> Graph {
             Status::Volume(volume) => {
                 ids.files.insert(&volume.path, id);
             }
-            Status::VirtualMachine(_) => {}
+            Status::HostPolicy(_) | Status::VirtualMachine(_) => {}
         }
     }
     let taps: BTreeSet<&str> = objects
@@ -151,7 +151,7 @@ fn of_objects(objects: &[Object]) -> Graph {
                     graph.edge(bridge, &own);
                 }
             }
-            Status::StoragePool(_) => {}
+            Status::HostPolicy(_) | Status::StoragePool(_) => {}
             Status::Image(image) => graph.edge(&own, pool_id(&ids, &image.pool)),
             Status::Volume(volume) => {
                 graph.edge(&own, pool_id(&ids, &volume.pool));
@@ -191,6 +191,7 @@ fn devices(graph: &mut Graph, ids: &Ids, own: &str, vm: &VmStatus) {
 /// What is true of it now, and whether it is down, missing, or doesn't run.
 fn describe(status: &Status) -> (Vec<String>, bool) {
     match status {
+        Status::HostPolicy(_) => (Vec::new(), false),
         Status::Bridge(bridge) => {
             let link = &bridge.link;
             let mut details = vec![format!("{}, mtu {}", link.interface, link.mtu)];

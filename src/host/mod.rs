@@ -4,6 +4,7 @@
 //! memory and injects faults; one conformance suite runs against both.
 
 pub mod error;
+mod facts;
 pub mod linux;
 pub mod nftables;
 pub mod sim;

@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::error::ObserveError;
+pub use super::facts::{
+    BalloonRules, HostFacts, HostSetting, HugePages, Ksm, KsmRules, PolicyRules, Previous, RecordedPolicy,
+};
 pub use super::nftables::{BaseChain, Chain, Family, Rule, Table, TableId};
 use crate::name::{IpPrefix, LinkName, MacAddress, Mark, ObjectName, VlanId};
 use crate::vmm::config::{DiskFormat, VmConfig};
@@ -17,6 +20,8 @@ pub type Observed<T> = Result<T, ObserveError>;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
+    /// CPUs, memory, and the policy for both.
+    pub host: Observed<HostFacts>,
     pub links: Observed<BTreeMap<LinkName, Link>>,
     /// The nftables tables that are ours by their names, and no others.
     pub tables: Observed<BTreeMap<TableId, Table>>,

@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use super::Lane;
 use super::snapshot::{
-    BridgeFacts, CpuShare, IpFamily, PortFacts, Table, TableId, VlanProtocol, VmDefinition,
+    BridgeFacts, CpuShare, HostSetting, IpFamily, PolicyRules, PortFacts, Table, TableId, VlanProtocol,
+    VmDefinition,
 };
 use crate::name::{IpPrefix, LinkName, MacAddress, Mark, ObjectName, Sha256, VlanId};
 use crate::vmm::config::{DiskConfig, DiskFormat, Limits, NicConfig};
@@ -221,6 +222,26 @@ pub enum Step {
         mark: Mark,
         paused: bool,
     },
+    /// Writes down what the host's policy is, and whose.
+    RecordHostPolicy {
+        mark: Mark,
+        rules: Box<PolicyRules>,
+    },
+    /// Changes a setting of the host, after what it was has been written down. Huge pages in use stay.
+    SetHostSetting {
+        mark: Mark,
+        setting: HostSetting,
+        value: u64,
+    },
+    /// Gives a setting the value back that it had before.
+    RestoreHostSetting {
+        mark: Mark,
+        setting: HostSetting,
+    },
+    /// Forgets the policy, after its settings have been restored.
+    ForgetHostPolicy {
+        mark: Mark,
+    },
     /// Sets or clears the hold of `vmctl stop`.
     HoldVm {
         vm: ObjectName,
@@ -420,6 +441,10 @@ impl std::fmt::Display for Step {
                 write!(f, "set the balloon of VM {vm} to {}", crate::name::ByteSize(*target_bytes))
             }
             Self::SetCpuShare { vm, .. } => write!(f, "set the CPU share of VM {vm}"),
+            Self::RecordHostPolicy { .. } => f.write_str("record the host's policy"),
+            Self::SetHostSetting { setting, value, .. } => write!(f, "set {setting} to {value}"),
+            Self::RestoreHostSetting { setting, .. } => write!(f, "set {setting} back to what it was"),
+            Self::ForgetHostPolicy { .. } => f.write_str("forget the host's policy"),
             Self::PauseVm { vm, paused: true, .. } => write!(f, "pause VM {vm}"),
             Self::PauseVm { vm, paused: false, .. } => write!(f, "let VM {vm} go on"),
             Self::HoldVm { vm, held: true, .. } => write!(f, "hold VM {vm} down"),

@@ -76,6 +76,13 @@ impl<'a> Context<'a> {
         Self { declared, snapshot, index }
     }
 
+    /// Whether a policy lets the agent move balloons: then their targets are its matter.
+    pub fn balloons_follow_memory(&self) -> bool {
+        let declared = self.declared.host_policy().map(|policy| &policy.rules);
+        let recorded = || Some(&self.snapshot.host.as_ref().ok()?.policy.as_ref()?.rules);
+        declared.or_else(recorded).is_some_and(|rules| rules.balloon.is_some())
+    }
+
     /// The declared object, if any, whose link this is.
     pub fn declared_owner(&self, link: &LinkName) -> Option<&'a ObjectId> {
         self.index.declared_links.get(link).copied()

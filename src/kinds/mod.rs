@@ -7,6 +7,7 @@
 pub mod action;
 pub mod bridge;
 mod context;
+pub mod host_policy;
 pub mod image;
 mod links;
 pub mod network;
@@ -32,6 +33,7 @@ pub use links::describe_vlans;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 pub enum Spec {
+    HostPolicy(host_policy::HostPolicy),
     Bridge(bridge::Bridge),
     Vlan(vlan::Vlan),
     Network(network::Network),
@@ -71,6 +73,7 @@ pub struct Reference {
 /// JSON Schema of a spec's YAML form.
 pub fn spec_schema(kind: Kind) -> schemars::Schema {
     match kind {
+        Kind::HostPolicy => schemars::schema_for!(host_policy::wire::HostPolicy),
         Kind::Bridge => schemars::schema_for!(bridge::wire::Bridge),
         Kind::Vlan => schemars::schema_for!(vlan::wire::Vlan),
         Kind::Network => schemars::schema_for!(network::wire::Network),
@@ -87,6 +90,7 @@ pub fn decode(kind: Kind, spec: serde_json::Value) -> Result<Spec, Vec<SpecProbl
         serde_json::from_value(spec).map_err(|error| vec![SpecProblem::new("", error)])
     }
     Ok(match kind {
+        Kind::HostPolicy => Spec::HostPolicy(as_wire::<host_policy::wire::HostPolicy>(spec)?.decode()?),
         Kind::Bridge => Spec::Bridge(as_wire::<bridge::wire::Bridge>(spec)?.decode()?),
         Kind::Vlan => Spec::Vlan(as_wire::<vlan::wire::Vlan>(spec)?.decode()?),
         Kind::Network => Spec::Network(as_wire::<network::wire::Network>(spec)?.decode()?),
@@ -154,12 +158,22 @@ impl Declared {
     lookup!(pool, StoragePool, storage_pool::StoragePool);
     lookup!(image, Image, image::Image);
     lookup!(volume, Volume, volume::Volume);
+    /// The one that a set may have.
+    pub fn host_policy(&self) -> Option<&host_policy::HostPolicy> {
+        // Kinds are sorted, and this is the first.
+        match self.objects.first_key_value() {
+            Some((_, Spec::HostPolicy(policy))) => Some(policy),
+            _ => None,
+        }
+    }
+
     lookup!(vm, VirtualMachine, virtual_machine::VirtualMachine);
 }
 
 impl Spec {
     pub fn kind(&self) -> Kind {
         match self {
+            Spec::HostPolicy(_) => Kind::HostPolicy,
             Spec::Bridge(_) => Kind::Bridge,
             Spec::Vlan(_) => Kind::Vlan,
             Spec::Network(_) => Kind::Network,
@@ -174,7 +188,7 @@ impl Spec {
     pub fn references(&self) -> Vec<Reference> {
         match self {
             // (Whether a network's `bridge` is a declared one is not its own to say.)
-            Spec::Bridge(_) | Spec::Network(_) | Spec::StoragePool(_) => Vec::new(),
+            Spec::HostPolicy(_) | Spec::Bridge(_) | Spec::Network(_) | Spec::StoragePool(_) => Vec::new(),
             Spec::Vlan(spec) => spec.references(),
             Spec::Image(spec) => spec.references(),
             Spec::Volume(spec) => spec.references(),
@@ -193,7 +207,7 @@ impl Spec {
             Spec::Network(_) => [Capability::Bridge, Capability::Nftables].into(),
             Spec::VirtualMachine(spec) if spec.interfaces.is_empty() => [Capability::Kvm].into(),
             Spec::VirtualMachine(_) => [Capability::Kvm, Capability::Tun].into(),
-            Spec::StoragePool(_) | Spec::Image(_) | Spec::Volume(_) => BTreeSet::new(),
+            Spec::HostPolicy(_) | Spec::StoragePool(_) | Spec::Image(_) | Spec::Volume(_) => BTreeSet::new(),
         }
     }
 
@@ -209,6 +223,7 @@ impl Spec {
     /// What must be done so that the host has it.
     pub fn compare(&self, id: &ObjectId, context: &Context) -> Action {
         match self {
+            Spec::HostPolicy(spec) => host_policy::compare::compare(id, spec, context),
             Spec::Bridge(spec) => bridge::compare::compare(id, spec, context),
             Spec::Vlan(spec) => vlan::compare::compare(id, spec, context),
             Spec::Network(spec) => network::compare::compare(id, spec, context),

@@ -52,6 +52,11 @@ fn links_of(step: &Step) -> Vec<LinkName> {
 
 fn digest(snapshot: &Snapshot, interesting: &BTreeSet<LinkName>) -> String {
     let mut seen = snapshot.clone();
+    if let Ok(host) = &mut seen.host {
+        (host.available_bytes, host.pressure) = (0, None);
+        host.hugepages.values_mut().for_each(|pages| pages.free = 0);
+        host.ksm.iter_mut().for_each(|ksm| ksm.saved_bytes = 0);
+    }
     if let Ok(links) = &mut seen.links {
         links.retain(|name, link| link.mark().is_some() || interesting.contains(name));
         links.values_mut().for_each(settle_link);

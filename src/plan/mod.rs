@@ -1,6 +1,8 @@
 //! `plan(desired, snapshot, policy) -> Plan`: every decision, and nothing else. Pure, deterministic,
 //! without I/O; the plan leaves no choice to who runs it.
 
+mod admission;
+pub mod balloon;
 mod disks;
 mod fingerprint;
 mod guard;
@@ -99,6 +101,7 @@ pub fn plan(desired: &Desired, snapshot: &Snapshot, policy: &Policy) -> Plan {
     }
     let mut removals = removal::removals(&context, &policy.removal);
     disks::settle(&context, &mut actions, &mut removals);
+    admission::settle(Some(&desired.declared), snapshot, &mut actions, &removals);
     actions = sort(actions, removals);
     settle_blocks(&mut actions);
 
@@ -116,6 +119,12 @@ pub fn plan(desired: &Desired, snapshot: &Snapshot, policy: &Policy) -> Plan {
     }
     let observed = fingerprint(snapshot, &actions);
     Plan { set: desired.declared.set.clone(), actions, refusals, hash, approved, observed }
+}
+
+/// Blocks starts of VMs for which the host's recorded policy has no room: for plans that a person asked for
+/// by name, without manifests.
+pub fn admit(snapshot: &Snapshot, actions: &mut [Action]) {
+    admission::settle(None, snapshot, actions, &[]);
 }
 
 impl Plan {

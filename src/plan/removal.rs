@@ -9,6 +9,7 @@ use crate::host::snapshot::{LinkKind, Pool, PoolFile, TableId};
 use crate::host::step::{LinkChange, StopHow};
 use crate::kinds::Context;
 use crate::kinds::action::{Action, Blocker, Impact, Verb};
+use crate::kinds::host_policy;
 use crate::kinds::image::compare::remove_step;
 use crate::kinds::virtual_machine::compare::{SHUTDOWN_TIMEOUT_MS, owner};
 use crate::name::{Kind, LinkName, Mark, ObjectId};
@@ -28,6 +29,8 @@ pub fn owned(context: &Context) -> BTreeSet<ObjectId> {
     }
     marks.extend(snapshot.tables.iter().flatten().map(|(id, _)| id.owner.clone()));
     marks.extend(snapshot.forwarding.iter().flatten().flat_map(|(_, facts)| facts.users.clone()));
+    let policy = snapshot.host.iter().filter_map(|host| host.policy.as_ref());
+    marks.extend(policy.map(|policy| policy.mark.clone()));
     marks.extend(snapshot.vms.iter().flatten().filter_map(|(_, vm)| owner(vm)));
     marks.into_iter().filter(|mark| mark.set == *set).map(|mark| mark.owner).collect()
 }
@@ -60,6 +63,7 @@ struct Finder<'a> {
 impl Finder<'_> {
     fn action(&self, id: &ObjectId) -> Option<Action> {
         match id.kind {
+            Kind::HostPolicy => self.host_policy(id),
             Kind::Bridge | Kind::Vlan => self.link(id),
             Kind::Network => self.network(id),
             Kind::StoragePool => self.pool(id),
@@ -71,6 +75,25 @@ impl Finder<'_> {
 
     fn mark(&self, id: &ObjectId) -> Mark {
         Mark::new(self.context.declared.set.clone(), id.clone())
+    }
+
+    fn host_policy(&self, id: &ObjectId) -> Option<Action> {
+        let mut action = Action::new(id, "removed from the manifests");
+        let host = match &self.context.snapshot.host {
+            Ok(host) => host,
+            Err(error) => return Some(action.blocked(Blocker::unseen(error))),
+        };
+        let mark = self.mark(id);
+        // A policy under another name takes it over.
+        if host.policy.as_ref().is_none_or(|policy| policy.mark != mark)
+            || self.context.declared.objects.keys().any(|id| id.kind == Kind::HostPolicy)
+        {
+            return None;
+        }
+        action.verb(Verb::Delete, "declared no more");
+        host_policy::compare::restore(&mut action, None, host, &mark);
+        action.step(Step::ForgetHostPolicy { mark });
+        Some(action.finish())
     }
 
     fn link(&self, id: &ObjectId) -> Option<Action> {

@@ -12,6 +12,7 @@ pub(super) type Objects = BTreeMap<ObjectId, Spec>;
 
 pub fn check(set: &SetName, objects: &Objects, unusable: &BTreeSet<ObjectId>, problems: &mut Vec<Problem>) {
     references(objects, unusable, problems);
+    host_policies(objects, problems);
     link_names(objects, problems);
     ports(objects, problems);
     vlan_tags(objects, problems);
@@ -52,6 +53,19 @@ fn references(objects: &Objects, unusable: &BTreeSet<ObjectId>, problems: &mut V
             };
             problems.push(problem);
         }
+    }
+}
+
+/// Two would undo one another's work.
+fn host_policies(objects: &Objects, problems: &mut Vec<Problem>) {
+    let mut policies = objects.keys().filter(|id| id.kind == Kind::HostPolicy);
+    let Some(first) = policies.next() else { return };
+    for id in policies {
+        problems.push(
+            Problem::new(id, "", format!("a host has one policy, and {first} is declared already"))
+                .related(first, "", "first declared here")
+                .hint("put all of it into one HostPolicy"),
+        );
     }
 }
 

@@ -93,6 +93,30 @@ fn describe(object: &Object, style: Style) -> String {
     let mut page = Page { text: format!("{}\n", style.bold(&object.id.to_string())), style };
     page.line("Set", object.set.as_str());
     match &object.status {
+        Status::HostPolicy(host) => {
+            page.line("CPUs", host.cpu_text());
+            page.line(
+                "Memory",
+                format!("{} in all, {} available", size(host.memory_bytes), size(host.available_bytes)),
+            );
+            page.line("Reserved", size(host.reserved_bytes));
+            page.line("Guests", host.memory_text());
+            page.line("Huge pages", host.pages_text());
+            page.line("KSM", host.ksm_text());
+            page.maybe(
+                "Balloons",
+                host.balloon.map(|balloon| {
+                    format!(
+                        "fill below {}, empty above {}",
+                        size(balloon.low_bytes),
+                        size(balloon.high_bytes)
+                    )
+                }),
+            );
+            for previous in &host.previous {
+                page.line("Before", format!("{} {}", previous.setting, previous.value));
+            }
+        }
         Status::Bridge(bridge) => {
             link(&mut page, &bridge.link);
             page.list("Ports", &bridge.ports);

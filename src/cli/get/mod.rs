@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::args::{Resource, parse_resources};
 use super::error::{CliError, Result};
 use super::exit::Exit;
-use super::objects::{Object, objects};
+use super::objects::{Object, host_status, objects};
 use super::session::Session;
 use crate::host::{Host, Scope};
 use crate::load::API_VERSION;
@@ -26,7 +26,7 @@ Examples:
   vmctl get vm web -o json | jq .status.pid
   vmctl get volumes -o name
 
-Kinds: bridge (br), vlan, storagepool (pool, sp), image (img), volume (vol), virtualmachine (vm)")]
+Kinds: host (hostpolicy), bridge (br), vlan, storagepool (pool, sp), image (img), volume (vol), virtualmachine (vm)")]
 pub struct Command {
     /// KIND, KIND/NAME, KIND NAME…, KIND,KIND or `all`
     #[arg(value_name = "KIND[/NAME]", required = true)]
@@ -60,6 +60,13 @@ impl Command {
         match self.output {
             Format::Table | Format::Wide if shown.is_empty() && missing.is_empty() => {
                 session.out.note("There are none on this host.");
+                if resources.contains(&Resource::Kind(Kind::HostPolicy))
+                    && let Ok(host) = &snapshot.host
+                {
+                    // Without a policy nothing is bounded; what there is can be seen all the same.
+                    let host = host_status(host, &snapshot);
+                    session.out.print(&format!("{}; {}\n", host.cpu_text(), host.memory_text()));
+                }
             }
             Format::Table | Format::Wide => {
                 let wide = self.output == Format::Wide;
@@ -130,7 +137,8 @@ fn manifest(object: &Object) -> Value {
 }
 
 /// The kinds in the order in which tables show them.
-pub const KINDS: [Kind; 7] = [
+pub const KINDS: [Kind; 8] = [
+    Kind::HostPolicy,
     Kind::VirtualMachine,
     Kind::Network,
     Kind::Bridge,

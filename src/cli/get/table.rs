@@ -30,6 +30,20 @@ const VM: &[Column] = &[
     wide("TAPS"),
     wide("MACHINE"),
 ];
+const HOST: &[Column] = &[
+    column("CPUS"),
+    column("VCPUS"),
+    column("CPU-RATIO"),
+    column("MEMORY"),
+    column("FOR-GUESTS"),
+    column("PROMISED"),
+    column("MEMORY-RATIO"),
+    column("AVAILABLE"),
+    column("HUGEPAGES"),
+    column("KSM"),
+    wide("RESERVED"),
+    wide("PRESSURE"),
+];
 const BRIDGE: &[Column] = &[
     column("STATE"),
     column("MTU"),
@@ -141,6 +155,7 @@ fn table(objects: &[&&Object], is_wide: bool, with_set: bool, with_kind: bool, s
 
 fn columns(status: &Status) -> &'static [Column] {
     match status {
+        Status::HostPolicy(_) => HOST,
         Status::Bridge(_) => BRIDGE,
         Status::Vlan(_) => VLAN,
         Status::Network(_) => NETWORK,
@@ -153,6 +168,7 @@ fn columns(status: &Status) -> &'static [Column] {
 
 fn is_worrying(status: &Status) -> bool {
     match status {
+        Status::HostPolicy(_) => false,
         Status::Bridge(bridge) => !bridge.link.up,
         Status::Vlan(vlan) => !vlan.link.up,
         Status::Network(network) => !network.link.as_ref().is_some_and(|link| link.up),
@@ -184,6 +200,27 @@ fn state(up: bool) -> String {
 /// As many as `columns` has, in its order.
 fn cells(status: &Status) -> Vec<String> {
     match status {
+        Status::HostPolicy(host) => {
+            let limit = |now: &str, most: &Option<String>| match most {
+                Some(most) => format!("{now}/{most}"),
+                None => now.to_owned(),
+            };
+            vec![
+                host.cpus.to_string(),
+                host.promised_vcpus.to_string(),
+                limit(&host.cpu_overcommit, &host.cpu_overcommit_max),
+                size(host.memory_bytes),
+                size(host.usable_bytes),
+                size(host.promised_bytes),
+                limit(&host.memory_overcommit, &host.memory_overcommit_max),
+                size(host.available_bytes),
+                host.pages_text(),
+                host.ksm_text(),
+                size(host.reserved_bytes),
+                host.pressure
+                    .map_or("-".to_owned(), |pressure| format!("{:.2}%", f64::from(pressure) / 100.0)),
+            ]
+        }
         Status::Bridge(bridge) => vec![
             state(bridge.link.up),
             bridge.link.mtu.to_string(),

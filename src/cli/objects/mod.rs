@@ -1,5 +1,6 @@
 //! The objects that a host has, found by their marks, with what is true of them now.
 
+mod host;
 mod network;
 mod vm;
 
@@ -13,6 +14,7 @@ use crate::host::snapshot::{Link, LinkKind, Pool, PoolFile, Snapshot, VlanProtoc
 use crate::kinds::virtual_machine::compare::owner;
 use crate::name::{Kind, LinkName, Mark, ObjectId, ObjectName, SetName};
 use crate::vmm::config::DiskFormat;
+pub use host::{HostStatus, status as host_status};
 pub use network::NetworkStatus;
 pub use vm::VmStatus;
 
@@ -27,6 +29,7 @@ pub struct Object {
 #[derive(Clone, Debug, Serialize)]
 #[serde(untagged)]
 pub enum Status {
+    HostPolicy(Box<HostStatus>),
     Bridge(BridgeStatus),
     Vlan(VlanStatus),
     Network(NetworkStatus),
@@ -116,6 +119,7 @@ pub struct VolumeStatus {
 /// looked at.
 pub fn objects(snapshot: &Snapshot, set: Option<&SetName>) -> (Vec<Object>, Vec<ObserveError>) {
     let mut finder = Finder { snapshot, objects: Vec::new(), unseen: Vec::new() };
+    finder.host();
     finder.links();
     finder.networks();
     finder.pools();
@@ -135,6 +139,18 @@ struct Finder<'a> {
 impl<'a> Finder<'a> {
     fn found(&mut self, mark: Mark, status: Status) {
         self.objects.push(Object { id: mark.owner, set: mark.set, status });
+    }
+
+    fn host(&mut self) {
+        match &self.snapshot.host {
+            Ok(host) => {
+                if let Some(policy) = &host.policy {
+                    let status = host::status(host, self.snapshot);
+                    self.found(policy.mark.clone(), Status::HostPolicy(Box::new(status)));
+                }
+            }
+            Err(error) => self.unseen.push(error.clone()),
+        }
     }
 
     fn links(&mut self) {

@@ -6,6 +6,7 @@
 pub mod capability;
 pub mod cgroup;
 pub mod events;
+pub mod host_policy;
 mod hugepages;
 mod kernel_cache;
 mod link_failure;
@@ -40,12 +41,13 @@ pub use lock::{Holder, HostLock, LockError};
 pub use ofd::has_writer;
 pub use vm_user::first_choice as vm_uid;
 
+use self::host_policy::HostFiles;
 use self::network::Networks;
 use self::storage::Storage;
 use self::vm_control::Vms;
 use self::vm_usage::Usage;
 use super::error::ObserveError;
-use super::snapshot::{Capability, Snapshot};
+use super::snapshot::{Capability, HostFacts, Snapshot};
 use super::{Host, Lane, Scope, Step, StepError};
 use crate::name::ObjectName;
 use crate::vmm::client::{Control, ControlError, Watch};
@@ -53,6 +55,7 @@ use crate::vmm::protocol::Condition;
 
 /// This machine, or the part of it that is in the calling thread's network namespace.
 pub struct LinuxHost {
+    files: HostFiles,
     storage: Storage,
     networks: Networks,
     vms: Vms,
@@ -66,13 +69,29 @@ impl LinuxHost {
         vmm_program: impl Into<PathBuf>,
     ) -> Self {
         let vms = Vms { state_dir: state_dir.into(), run_dir: run_dir.into(), program: vmm_program.into() };
-        Self { storage: Storage::new(&vms.state_dir), networks: Networks::new(&vms.state_dir), vms }
+        Self {
+            files: HostFiles::new(&vms.state_dir),
+            storage: Storage::new(&vms.state_dir),
+            networks: Networks::new(&vms.state_dir),
+            vms,
+        }
     }
 
     /// With another storage half, such as one that reports its progress.
     pub fn with_storage(mut self, storage: Storage) -> Self {
         self.storage = storage;
         self
+    }
+
+    /// With `/proc` and `/sys` of the host as a whole elsewhere.
+    pub fn with_host_files(mut self, root: impl Into<PathBuf>) -> Self {
+        self.files = HostFiles::below(root, &self.vms.state_dir);
+        self
+    }
+
+    /// CPUs, memory and the policy alone: less work than a snapshot.
+    pub fn facts(&self) -> Result<HostFacts, ObserveError> {
+        self.files.observe()
     }
 
     pub fn state_dir(&self) -> &Path {
@@ -140,6 +159,10 @@ impl LinuxHost {
             | Step::SetCpuShare { .. }
             | Step::PauseVm { .. }
             | Step::HoldVm { .. } => self.vms.run(step),
+            Step::RecordHostPolicy { .. }
+            | Step::SetHostSetting { .. }
+            | Step::RestoreHostSetting { .. }
+            | Step::ForgetHostPolicy { .. } => self.files.run(step),
             Step::CreatePool { .. }
             | Step::ForgetPool { .. }
             | Step::ImportImage { .. }
@@ -178,6 +201,7 @@ impl Host for LinuxHost {
         }
         let lacks = |&capability| Some((capability, capability::lacks(capability)?));
         Snapshot {
+            host: self.files.observe(),
             tables,
             forwarding: self.networks.forwarding(),
             pools,

@@ -143,7 +143,7 @@ impl State {
             | Step::DeleteTable { .. }
             | Step::RequireForwarding { .. }
             | Step::ReleaseForwarding { .. } => self.apply_to_network(step),
-            other => self.apply_to_vm(other),
+            other => self.apply_to_host(other),
         }
     }
 

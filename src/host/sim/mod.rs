@@ -3,6 +3,7 @@
 
 mod apply;
 mod networks;
+mod policy;
 mod vms;
 
 use std::collections::BTreeSet;
@@ -31,6 +32,8 @@ pub struct Faults {
     pub links_unseen: bool,
     /// Looking at nftables tables fails.
     pub tables_unseen: bool,
+    /// Looking at the host as a whole fails.
+    pub host_unseen: bool,
     /// Looking at VMs fails.
     pub vms_unseen: bool,
     /// Looking at these pools fails.
@@ -65,6 +68,7 @@ impl SimHost {
     /// A host with nothing but its loopback device.
     pub fn new() -> Self {
         let world = Snapshot {
+            host: Ok(policy::facts()),
             links: Ok(Default::default()),
             tables: Ok(Default::default()),
             forwarding: Ok(IpFamily::ALL.map(|family| (family, Forwarding::default())).into()),
@@ -145,6 +149,9 @@ impl Host for SimHost {
         }
         if faults.tables_unseen {
             seen.tables = Err(ObserveError::new("list our nftables tables", "no answer (simulated)"));
+        }
+        if faults.host_unseen {
+            seen.host = Err(ObserveError::new("read /proc/meminfo", "permission denied (simulated)"));
         }
         if faults.vms_unseen {
             seen.vms = Err(ObserveError::new("read the VMs' definitions", "permission denied (simulated)"));

@@ -30,10 +30,7 @@ impl State {
             Step::StartVm { vm, definition } => self.start_vm(vm, definition),
             Step::StopVm { vm, mark, .. } => {
                 self.check_vm(vm, mark)?;
-                if let Some(have) = self.vms()?.get_mut(vm) {
-                    have.process = None;
-                    have.exit = None;
-                }
+                self.kill_vm(vm);
                 Ok(())
             }
             Step::HoldVm { vm, mark, held } => {
@@ -115,9 +112,12 @@ impl State {
 
     /// Its process ends, as if it were killed.
     pub(super) fn kill_vm(&mut self, name: &ObjectName) {
-        if let Some(vm) = self.world.vms.as_mut().ok().and_then(|vms| vms.get_mut(name)) {
-            vm.process = None;
+        let ended = self.world.vms.as_mut().ok().and_then(|vms| vms.get_mut(name)).and_then(|vm| {
             vm.exit = None;
+            vm.process.take()
+        });
+        if let Some(Ok(process)) = ended {
+            self.give_pages(&process.config);
         }
     }
 
@@ -211,14 +211,15 @@ impl State {
         }
         self.next_pid += 1;
         let pid = self.next_pid;
-        let vm = self.vm(name)?;
-        match &vm.process {
+        match &self.vm(name)?.process {
             Some(Ok(process)) if process.config == definition.config => return Ok(()),
             Some(_) => {
                 return failed(format!("start VM {name}"), "it runs already, with another configuration");
             }
             None => {}
         }
+        self.take_pages(&definition.config)?;
+        let vm = self.vm(name)?;
         vm.process = Some(Ok(VmProcess {
             pid,
             phase: Phase::Running,

@@ -59,6 +59,14 @@ impl Changes {
         changes
     }
 
+    /// A balloon that the agent has filled, no further than it may, is no difference.
+    pub fn allow_balloon(&mut self, have_bytes: u64, most_bytes: u64) {
+        self.live.retain(|change| match change.work {
+            Work::BalloonTarget { target_bytes } => have_bytes < target_bytes || have_bytes > most_bytes,
+            _ => true,
+        });
+    }
+
     /// Every difference, however it is mended.
     pub fn into_shown(self) -> impl Iterator<Item = FieldChange> {
         let live = self.live.into_iter().map(|change| change.shown);

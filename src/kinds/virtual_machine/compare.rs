@@ -44,8 +44,14 @@ pub fn compare(id: &ObjectId, want: &VirtualMachine, context: &Context) -> Actio
         Ok(definition) => definition,
         Err(blocker) => return action.blocked(blocker),
     };
-    let changes =
+    let mut changes =
         process.map(|process| Changes::between(&process.config, &definition.config)).unwrap_or_default();
+    if let Some(most) = want.least_memory.and_then(|least| want.memory.0.checked_sub(least.0))
+        && let Some(balloon) = process.and_then(|process| process.config.balloon)
+        && context.balloons_follow_memory()
+    {
+        changes.allow_balloon(balloon.target_bytes, most);
+    }
     let compare = Compare { action, id, want, have, process, definition, changes, mark, context };
     compare.run()
 }

@@ -35,6 +35,8 @@ pub struct VirtualMachine {
     pub disks: Vec<Disk>,
     pub interfaces: Vec<Interface>,
     pub balloon: Option<BalloonConfig>,
+    /// What the guest keeps when the host's memory is short. `None`: all that `balloon` leaves it.
+    pub least_memory: Option<ByteSize>,
     pub vsock: Option<Vsock>,
     pub entropy: EntropyConfig,
     pub run_strategy: RunStrategy,

@@ -36,6 +36,7 @@ pub enum NodeKind {
 impl NodeKind {
     pub fn of(kind: Kind) -> Option<Self> {
         Some(match kind {
+            Kind::HostPolicy => return None,
             Kind::Bridge => Self::Bridge,
             Kind::Vlan => Self::Vlan,
             Kind::Network => Self::Network,
@@ -157,7 +158,7 @@ impl Graph {
                         graph.edge(bridge.to_string(), &own);
                     }
                 }
-                Spec::StoragePool(_) => {}
+                Spec::HostPolicy(_) | Spec::StoragePool(_) => {}
                 Spec::Image(image) => graph.edge(&own, object(Kind::StoragePool, &image.pool)),
                 Spec::Volume(volume) => {
                     graph.edge(&own, object(Kind::StoragePool, &volume.pool));
@@ -208,6 +209,7 @@ impl Graph {
 /// What is known of a declared object, and whether it is declared not to run.
 fn describe(spec: &Spec) -> (Vec<String>, bool) {
     match spec {
+        Spec::HostPolicy(_) => (Vec::new(), false),
         Spec::Bridge(bridge) => {
             let mut details = vec![format!("mtu {}", bridge.mtu)];
             details.extend(bridge.addresses.iter().map(ToString::to_string));

@@ -7,7 +7,7 @@
 //! what carries no mark of ours.
 
 mod copy;
-mod directory;
+pub(in crate::host::linux) mod directory;
 pub mod header;
 mod image;
 mod index;

@@ -12,7 +12,7 @@ use super::device_name;
 use crate::kinds::{Problems, SpecProblem};
 use crate::name::{ByteSize, MacAddress, ObjectName, VlanId};
 use crate::vmm::config::{
-    BalloonConfig, Bucket, CacheMode, EntropyConfig, Limits as InnerLimits, MachineKind,
+    BalloonConfig, Bucket, CacheMode, EntropyConfig, Limits as InnerLimits, MEMORY_BYTES_MIN, MachineKind,
 };
 
 /// Queues of a disk that declares none: one for each vCPU, so that its requests and their ends stay on
@@ -133,6 +133,9 @@ pub struct DirectionLimits {
 pub struct Balloon {
     /// What the balloon takes from the guest, a multiple of 4Ki below `memory`; changes live. Default: 0.
     pub target: Option<String>,
+    /// How little memory the guest may be left with when the host's is short: the agent fills the balloon up
+    /// to that, where the HostPolicy has `balloon`. Default: it doesn't.
+    pub min_memory: Option<String>,
     /// Whether the guest tells which pages it doesn't use, for the host to take back. Default: true.
     pub free_page_reporting: Option<bool>,
     /// Whether the balloon gives way before the guest kills a process for want of memory. Default: true.
@@ -326,7 +329,12 @@ impl InterfaceVlan {
 }
 
 impl Balloon {
-    pub(super) fn decode(self, memory: Option<ByteSize>, problems: &mut Problems) -> BalloonConfig {
+    pub(super) fn decode(
+        self,
+        memory: Option<ByteSize>,
+        problems: &mut Problems,
+    ) -> (BalloonConfig, Option<ByteSize>) {
+        let least = self.min_memory.as_deref().and_then(|text| least(text, memory, problems));
         let target = match &self.target {
             Some(text) => problems.take("/balloon/target", text.parse::<ByteSize>()),
             None => None,
@@ -344,12 +352,28 @@ impl Balloon {
                 format!("{} leaves nothing of the guest's {memory}", ByteSize(target_bytes)),
             ));
         }
-        BalloonConfig {
+        let balloon = BalloonConfig {
             target_bytes,
             free_page_reporting: self.free_page_reporting.unwrap_or(true),
             deflate_on_oom: self.deflate_on_oom.unwrap_or(true),
-        }
+        };
+        (balloon, least)
     }
+}
+
+/// What a guest keeps at least.
+fn least(text: &str, memory: Option<ByteSize>, problems: &mut Problems) -> Option<ByteSize> {
+    let least = problems.take("/balloon/minMemory", text.parse::<ByteSize>())?;
+    if least.0 < MEMORY_BYTES_MIN || memory.is_some_and(|memory| least > memory) {
+        problems.add(SpecProblem::new(
+            "/balloon/minMemory",
+            format!(
+                "`{text}`: what a guest keeps is {} at least and `memory` at most",
+                ByteSize(MEMORY_BYTES_MIN)
+            ),
+        ));
+    }
+    Some(least)
 }
 
 impl Vsock {

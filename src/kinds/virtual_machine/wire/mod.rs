@@ -136,7 +136,13 @@ impl VirtualMachine {
             inner_interfaces.extend(nic.decode(index, &mut names, &mut problems));
         }
         let boot = self.boot.decode(&disk_names, &mut problems);
-        let balloon = self.balloon.map(|balloon| balloon.decode(memory, &mut problems));
+        let (balloon, least_memory) = match self.balloon {
+            Some(balloon) => {
+                let (balloon, least) = balloon.decode(memory, &mut problems);
+                (Some(balloon), least)
+            }
+            None => (None, None),
+        };
         let vsock = self.vsock.map(Vsock::decode);
         let entropy = self.entropy.unwrap_or_default().decode(&mut problems);
         let inner = memory.zip(boot).map(|(memory, boot)| Inner {
@@ -150,6 +156,7 @@ impl VirtualMachine {
             disks: inner_disks,
             interfaces: inner_interfaces,
             balloon,
+            least_memory,
             vsock,
             entropy,
             run_strategy: self.run_strategy.unwrap_or_default(),
