@@ -2,6 +2,7 @@
 //!
 //! The map and the invariants are in `ARCHITECTURE.md`.
 
+pub mod adopt;
 pub mod agent;
 pub mod cli;
 pub mod execute;

@@ -3,6 +3,7 @@
 //! Nothing is decided here about the host: that is `plan`'s. What a command changes, it changes through
 //! plans and their steps.
 
+mod adopt;
 mod agent;
 mod apply;
 mod args;
@@ -81,6 +82,7 @@ enum Command {
     VolList(lists::vol_list::Command),
     PoolList(lists::pool_list::Command),
     NetList(lists::net_list::Command),
+    Adopt(adopt::Command),
     Agent(agent::Command),
     Explain(explain::Command),
     Schema(schema::Command),
@@ -121,6 +123,7 @@ impl Command {
             Self::Describe(_)
             | Self::Console(_)
             | Self::Logs(_)
+            | Self::Adopt(_)
             | Self::Agent(_)
             | Self::Schema(_)
             | Self::Completion(_) => false,
@@ -150,6 +153,7 @@ impl Command {
             Self::VolList(command) => command.run(session),
             Self::PoolList(command) => command.run(session),
             Self::NetList(command) => command.run(session),
+            Self::Adopt(command) => command.run(session),
             Self::Agent(command) => command.run(session),
             Self::Explain(command) => command.run(session),
             Self::Schema(command) => command.run(session),

@@ -21,8 +21,9 @@ pub struct Bridge {
     pub mac_address: Option<String>,
     /// Spanning tree (802.1D). Default: false.
     pub stp: Option<bool>,
-    /// Seconds a port listens and learns before it forwards, 2 to 30; only matters with `stp`. Default: 15.
-    #[schemars(range(min = 2, max = 30))]
+    /// Seconds a port listens and learns before it forwards, 0 to 30, with `stp` at least 2; only matters with
+    /// `stp`. Default: 15.
+    #[schemars(range(min = 0, max = 30))]
     pub forward_delay_seconds: Option<u32>,
     /// Seconds a learned address is kept, 0 to 1000000. Default: 300.
     #[schemars(range(min = 0, max = 1_000_000))]
@@ -92,6 +93,10 @@ impl Bridge {
                 port.decode(&format!("/ports/{index}"), vlan_filtering, &mut problems)
             })
             .collect();
+        if let Some(delay) = self.forward_delay_seconds.filter(|delay| *delay < 2 && self.stp == Some(true)) {
+            let message = format!("{delay} s are too short with `stp`; the kernel takes 2 at least");
+            problems.add(SpecProblem::new("/forwardDelaySeconds", message));
+        }
         let inner = Inner {
             interface_name,
             mtu: self.mtu.unwrap_or(1500),

@@ -1,0 +1,94 @@
+//! libvirt's own files (`/etc/libvirt`), as Debian's packages have them: pools, networks, domains.
+//!
+//! What they say and a manifest can't is a note, field by field. They are read as XML without a DTD, so nothing
+//! in them can grow or reach elsewhere.
+
+mod domain;
+mod network;
+
+use std::path::{Path, PathBuf};
+
+use roxmltree::{Document, Node};
+
+use super::Adoption;
+use crate::host::snapshot::Snapshot;
+use crate::name::{Kind, ObjectName};
+
+/// The files' texts, each with the path to be named in reasons.
+#[derive(Clone, Debug, Default)]
+pub struct Files {
+    pub pools: Vec<(PathBuf, String)>,
+    pub networks: Vec<(PathBuf, String)>,
+    pub domains: Vec<(PathBuf, String)>,
+}
+
+/// Directories of the pools that can be adopted, with libvirt's names for them.
+pub fn pool_directories(files: &Files, adoption: &mut Adoption) -> Vec<(String, PathBuf)> {
+    let mut found = Vec::new();
+    for (file, text) in &files.pools {
+        let Some(document) = parse(file, text, adoption) else { continue };
+        let root = document.root_element();
+        let name = text_of(root, "name").unwrap_or_default();
+        let what = format!("libvirt's pool {name} ({})", file.display());
+        let path = root.descendants().find(|node| node.has_tag_name("target"));
+        let path = path.and_then(|target| text_of(target, "path"));
+        match (root.attribute("type"), path) {
+            (Some("dir"), Some(path)) => found.push((name.to_owned(), PathBuf::from(path))),
+            (Some("dir"), None) => adoption.leave(what, "it says no path"),
+            (kind, _) => {
+                let kind = kind.unwrap_or("without a type");
+                adoption.leave(what, format!("pools of type {kind} are not read yet; directories are"));
+            }
+        }
+    }
+    found
+}
+
+/// Networks and domains, after the host's bridges and pools: these are what they refer to.
+pub fn find(files: &Files, snapshot: &Snapshot, adoption: &mut Adoption) {
+    let mut networks = network::Networks::default();
+    for (file, text) in &files.networks {
+        if let Some(document) = parse(file, text, adoption) {
+            networks.read(file, document.root_element(), snapshot, adoption);
+        }
+    }
+    for (file, text) in &files.domains {
+        if let Some(document) = parse(file, text, adoption) {
+            domain::read(file, document.root_element(), &networks, adoption);
+        }
+    }
+}
+
+fn parse<'a>(file: &Path, text: &'a str, adoption: &mut Adoption) -> Option<Document<'a>> {
+    match Document::parse(text) {
+        Ok(document) => Some(document),
+        Err(error) => {
+            adoption.leave(file.display().to_string(), format!("it can't be read as XML: {error}"));
+            None
+        }
+    }
+}
+
+fn child<'a, 'i>(node: Node<'a, 'i>, name: &str) -> Option<Node<'a, 'i>> {
+    node.children().find(|child| child.has_tag_name(name))
+}
+
+fn children<'a, 'i>(node: Node<'a, 'i>, name: &'static str) -> impl Iterator<Item = Node<'a, 'i>> {
+    node.children().filter(move |child| child.has_tag_name(name))
+}
+
+fn text_of<'a>(node: Node<'a, '_>, name: &str) -> Option<&'a str> {
+    Some(child(node, name)?.text()?.trim()).filter(|text| !text.is_empty())
+}
+
+/// The Bridge object whose link this is, of those that are adopted.
+fn bridge_of_link(adoption: &Adoption, link: &str) -> Option<ObjectName> {
+    let bridges = adoption.objects.iter().filter(|found| found.id.kind == Kind::Bridge);
+    bridges
+        .filter(|found| {
+            let named = found.spec.get("interfaceName").and_then(|name| name.as_str());
+            named.unwrap_or(found.id.name.as_str()) == link
+        })
+        .map(|found| found.id.name.clone())
+        .next()
+}

@@ -1,0 +1,201 @@
+//! `vmctl adopt`: manifests for what a host has already.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use super::args::SetArg;
+use super::error::{CliError, Result};
+use super::exit::Exit;
+use super::session::Session;
+use crate::adopt::{self, Adoption, Found, libvirt};
+use crate::host::{Host, Scope};
+use crate::kinds::action::Verb;
+use crate::name::{Kind, ObjectName};
+
+/// One of libvirt's files. Domains with hundreds of devices take some tens of KiB.
+const FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// Write manifests for what this host has already
+///
+/// Bridges with their ports and VLANs, VLAN devices, directories of disk images, and libvirt's pools, networks and
+/// domains. Nothing on the host is changed, and nothing is adopted before `vmctl apply` is run on these manifests:
+/// then what already is as they say gets vmctl's mark.
+///
+/// They are compared with the host at once. What differs, and what a manifest can't say, stands field by field as
+/// comments above each and on stderr. Exits 0 when `vmctl apply` would change nothing, else 1.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  vmctl adopt                                         bridges and VLAN devices, to stdout
+  vmctl adopt --pool /srv/images -o manifests/
+  vmctl adopt --libvirt -o manifests/                 and all that /etc/libvirt describes
+  vmctl adopt -o manifests/ && vmctl diff -f manifests/")]
+pub struct Command {
+    /// A directory of disk images, as a pool; may be repeated
+    #[arg(long = "pool", value_name = "DIR", value_hint = clap::ValueHint::DirPath)]
+    pools: Vec<PathBuf>,
+    /// Read libvirt's files, too
+    #[arg(long, value_name = "DIR", num_args = 0..=1, default_missing_value = "/etc/libvirt",
+          value_hint = clap::ValueHint::DirPath)]
+    libvirt: Option<PathBuf>,
+    /// Write a file for each kind into this directory, which is made if it is not there; files are never replaced
+    #[arg(short, long, value_name = "DIR", value_hint = clap::ValueHint::DirPath)]
+    output: Option<PathBuf>,
+    #[command(flatten)]
+    set: SetArg,
+}
+
+impl Command {
+    pub fn run(self, session: &Session) -> Result {
+        let mut early = Adoption::default();
+        let files = match &self.libvirt {
+            Some(directory) => read_libvirt(directory)?,
+            None => libvirt::Files::default(),
+        };
+        let pools = self.pools(libvirt::pool_directories(&files, &mut early), &early)?;
+        let names: Vec<ObjectName> = pools.iter().map(|(name, _)| name.clone()).collect();
+        let host = session.host();
+        let snapshot = host.snapshot(&Scope { pools, ..Scope::default() });
+        let mut adoption = adopt::host(&snapshot, &names);
+        libvirt::find(&files, &snapshot, &mut adoption);
+        adoption.left_out.splice(0..0, early.left_out);
+        let desired = adoption.declare(&self.set.set);
+        let plan = adoption.compare(&desired, &host.snapshot(&desired.scope()));
+        adoption.objects.sort_by(|a, b| a.id.cmp(&b.id));
+
+        self.write(session, &adoption.objects)?;
+        for found in &adoption.objects {
+            for note in &found.notes {
+                session.out.note(&format!("{}: {note}", found.id));
+            }
+        }
+        for (what, why) in &adoption.left_out {
+            session.out.note(&format!("left out: {what}: {why}"));
+        }
+        let count =
+            |wanted: fn(Verb) -> bool| plan.actions.iter().filter(|action| wanted(action.verb)).count();
+        let same = count(|verb| matches!(verb, Verb::NoOp | Verb::Adopt));
+        session.out.note(&format!(
+            "{} objects: {same} as the host has them, {} that differ; {} left out",
+            adoption.objects.len(),
+            adoption.objects.len() - same,
+            adoption.left_out.len()
+        ));
+        Ok(if same == adoption.objects.len() { Exit::Ok } else { Exit::Differs })
+    }
+
+    /// The pools to look at, by the names that their objects will have.
+    fn pools(
+        &self,
+        of_libvirt: Vec<(String, PathBuf)>,
+        names: &Adoption,
+    ) -> Result<Vec<(ObjectName, PathBuf)>> {
+        let mut pools: Vec<(ObjectName, PathBuf)> = Vec::new();
+        if let Some(path) = self.pools.iter().find(|path| !path.is_dir()) {
+            return Err(CliError::usage(format!("{} is not a directory", path.display())));
+        }
+        let named = self.pools.iter().map(|path| {
+            let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+            let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            (name, path)
+        });
+        // libvirt's names first: they are what people know the pools by.
+        for (name, path) in of_libvirt.into_iter().chain(named) {
+            let path: PathBuf = path.components().collect();
+            if pools.iter().any(|(_, known)| *known == path) {
+                continue;
+            }
+            let taken = |name: &ObjectName| pools.iter().any(|(known, _)| known == name);
+            let mut name = names.free_name(Kind::StoragePool, &name);
+            for number in 2.. {
+                if !taken(&name) {
+                    break;
+                }
+                name = names.free_name(Kind::StoragePool, &format!("{name}-{number}"));
+            }
+            pools.push((name, path));
+        }
+        Ok(pools)
+    }
+
+    fn write(&self, session: &Session, objects: &[Found]) -> Result<()> {
+        let mut texts: BTreeMap<Kind, String> = BTreeMap::new();
+        for found in objects {
+            let yaml = serde_saphyr::to_string(&adopt::manifest(found))
+                .map_err(|error| CliError::failed(format!("write YAML: {error}")))?;
+            texts.entry(found.id.kind).or_default().push_str(&adopt::document(found, &yaml));
+        }
+        let Some(directory) = &self.output else {
+            session.out.print(&texts.into_values().collect::<String>());
+            return Ok(());
+        };
+        let failed = |path: &Path, error: io::Error| {
+            let failed = CliError::failed(format!("write {}: {error}", path.display()));
+            match error.kind() {
+                io::ErrorKind::AlreadyExists => {
+                    failed.hint("name another directory: what is there is never replaced")
+                }
+                _ => failed,
+            }
+        };
+        fs::create_dir_all(directory).map_err(|error| failed(directory, error))?;
+        let path = |kind: &Kind| directory.join(format!("{}.yaml", kind.as_str().to_lowercase()));
+        // All or nothing, as far as names go.
+        if let Some(there) = texts.keys().map(path).find(|path| path.symlink_metadata().is_ok()) {
+            return Err(failed(&there, io::ErrorKind::AlreadyExists.into()));
+        }
+        for (kind, text) in &texts {
+            let path = path(kind);
+            let file = fs::File::options().write(true).create_new(true).open(&path);
+            file.and_then(|mut file| file.write_all(text.as_bytes()))
+                .map_err(|error| failed(&path, error))?;
+            session.out.note(&format!("wrote {}", path.display()));
+        }
+        Ok(())
+    }
+}
+
+/// The files where Debian's packages (and libvirt itself) have them, each kind by name. `autostart` has links to
+/// the same files.
+fn read_libvirt(directory: &Path) -> Result<libvirt::Files> {
+    if !directory.is_dir() {
+        return Err(CliError::usage(format!("{} is not a directory", directory.display()))
+            .hint("libvirt's files are in /etc/libvirt; `--libvirt DIR` names another place"));
+    }
+    Ok(libvirt::Files {
+        pools: read_xml(&directory.join("storage"))?,
+        networks: read_xml(&directory.join("qemu/networks"))?,
+        domains: read_xml(&directory.join("qemu"))?,
+    })
+}
+
+fn read_xml(directory: &Path) -> Result<Vec<(PathBuf, String)>> {
+    let failed =
+        |path: &Path, error: io::Error| CliError::failed(format!("read {}: {error}", path.display()));
+    let entries = match fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(failed(directory, error)),
+    };
+    let mut paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "xml"));
+    paths.sort();
+    let mut files = Vec::new();
+    for path in paths {
+        let size = path.metadata().map_err(|error| failed(&path, error))?;
+        if !size.is_file() {
+            continue;
+        }
+        if size.len() > FILE_BYTES_MAX {
+            return Err(CliError::failed(format!("{} has more than {FILE_BYTES_MAX} bytes", path.display())));
+        }
+        let text = fs::read_to_string(&path).map_err(|error| failed(&path, error))?;
+        files.push((path, text));
+    }
+    Ok(files)
+}
