@@ -9,68 +9,16 @@ mod support;
 
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use net::{Namespace, nft};
-use objects::{Objects, desire, id};
+use net::{Host, Namespace, nft};
+use objects::{Objects, id};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use serde_json::{Value, json};
-use support::{ip, private_network, scratch};
-use vmctl::execute::execute;
-use vmctl::host::Host as _;
-use vmctl::host::linux::{LinkEvents, LinuxHost};
-use vmctl::plan::{Plan, Policy, Removal, plan};
+use support::{ip, private_network};
+use vmctl::host::linux::LinkEvents;
 use vmctl::report::text::{self, Style};
-
-struct Host {
-    linux: LinuxHost,
-    root: PathBuf,
-}
-
-impl Host {
-    /// In a private network, with a state directory of its own.
-    fn new(name: &str) -> Self {
-        let root = scratch(name);
-        let _ = std::fs::remove_dir_all(&root);
-        std::fs::create_dir_all(&root).unwrap();
-        let linux = LinuxHost::new(root.join("state"), root.join("run"), "/nonexistent/vmctl-vmm");
-        Self { linux, root }
-    }
-
-    fn diff(&self, objects: &Objects) -> Plan {
-        self.approved(objects, "")
-    }
-
-    fn approved(&self, objects: &Objects, hash: &str) -> Plan {
-        let desired = desire(objects);
-        let approve = Some(hash.to_owned());
-        let policy = Policy { removal: Removal::Prune, approve, ..Policy::default() };
-        plan(&desired, &self.linux.snapshot(&desired.scope()), &policy)
-    }
-
-    /// Applies in one run; the plan after it must be empty. Gives the plan's text.
-    fn apply(&self, objects: &Objects) -> String {
-        let mut plan = self.diff(objects);
-        if plan.is_refused() {
-            // All networks at once: a person would be asked.
-            plan = self.approved(objects, &plan.hash);
-        }
-        let shown = text::plan(&plan, Style::default());
-        let outcomes = execute(&plan, &self.linux, &mut |_| {});
-        assert!(outcomes.values().all(|outcome| outcome.is_done()), "{shown}{outcomes:#?}");
-        let again = self.diff(objects);
-        assert!(again.is_empty(), "after {shown}the next plan is {}", text::plan(&again, Style::default()));
-        shown
-    }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.root);
-    }
-}
 
 fn network(spec: Value) -> Objects {
     [(id("Network/lab"), spec)].into()

@@ -19,8 +19,9 @@ fn networks() -> Objects {
         "Network/lab",
         json!({
             "bridge": "virbr0",
-            "ipv4": {"address": "192.168.100.1/24"},
-            "ipv6": {"address": "fd00:100::1/64"},
+            "ipv4": {"address": "192.168.100.1/24", "dhcp": {"start": "192.168.100.50", "options": [{"number": 42, "value": "192.168.100.1"}]}},
+            "ipv6": {"address": "fd00:100::1/64", "routerAdvertisements": true},
+            "dns": {"domain": "lab.internal", "forwarders": ["192.0.2.53"]},
             "portForwards": [{"port": 8080, "to": "192.168.100.10", "toPort": 80}],
         }),
     )])
@@ -31,7 +32,7 @@ fn with_vm() -> Objects {
     let vm = json!({
         "memory": "64Mi",
         "boot": {"kernel": "/boot/vmlinux"},
-        "interfaces": [{"network": "lab"}],
+        "interfaces": [{"network": "lab", "addresses": ["192.168.100.10", "fd00:100::10"]}],
     });
     all.insert(id("VirtualMachine/web"), vm);
     all
@@ -241,4 +242,64 @@ fn another_sets_networks_are_left_alone() {
     let about_ours = |step: &Step| format!("{step:?}").contains("virbr0");
     assert!(!made.steps().any(|(_, step)| about_ours(step)));
     assert!(diff(&networks(), &host).is_empty());
+}
+
+#[test]
+fn a_service_is_given_what_is_declared_and_nothing_of_others() {
+    let host = host();
+    converge(&with_vm(), &host);
+    let seen = host.snapshot(&Default::default()).services.unwrap();
+    let service = seen.values().next().unwrap();
+    expect![[r#"
+        # Written by vmctl for Network/lab: change the manifest, not this.
+        # 192.168.100.1/24
+        # fd00:100::1/64
+        bind-interfaces
+        except-interface=lo
+        no-hosts
+        quiet-dhcp
+        quiet-ra
+        interface=virbr0
+        domain-needed
+        bogus-priv
+        domain=lab.internal
+        local=/lab.internal/
+        expand-hosts
+        no-resolv
+        server=192.0.2.53
+        dhcp-authoritative
+        no-ping
+        dhcp-range=192.168.100.50,192.168.100.254,255.255.255.0,3600
+        dhcp-option=42,192.168.100.1
+        enable-ra
+        dhcp-range=fd00:100::,ra-only,64,3600
+    "#]]
+    .assert_eq(&service.config.main);
+    assert_eq!(service.config.names, "192.168.100.10 web\nfd00:100::10 web\n");
+    assert!(service.config.hosts.ends_with(",192.168.100.10,web\n"), "{}", service.config.hosts);
+    let pid = service.pid;
+
+    // A name more is told to the process that runs; a domain takes another one.
+    let mut all = with_vm();
+    let mut other = all[&id("VirtualMachine/web")].clone();
+    other["interfaces"][0]["addresses"] = json!(["192.168.100.11"]);
+    all.insert(id("VirtualMachine/db"), other);
+    converge(&all, &host);
+    let pid_now =
+        |host: &SimHost| host.snapshot(&Default::default()).services.unwrap().values().next().unwrap().pid;
+    assert_eq!(pid_now(&host), pid);
+    all.get_mut(&id("Network/lab")).unwrap()["dns"]["domain"] = json!("other.internal");
+    converge(&all, &host);
+    assert_ne!(pid_now(&host), pid);
+
+    // One that died is started; a host without dnsmasq has the network all the same, and says so.
+    host.edit(|world| world.services.as_mut().unwrap().values_mut().for_each(|service| service.pid = None));
+    assert!(text_of(&diff(&all, &host)).contains("dnsmasq  not running → running"));
+    converge(&all, &host);
+    let bare = objects::host();
+    bare.lack(Capability::Dnsmasq);
+    execute(&diff(&networks(), &bare), &bare, &mut |_| {});
+    let plan = diff(&networks(), &bare);
+    assert!(plan.is_blocked() && text_of(&plan).contains("dnsmasq-base"), "{}", text_of(&plan));
+    assert!(bare.snapshot(&Default::default()).links.unwrap().contains_key(&link("virbr0")));
 }

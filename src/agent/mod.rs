@@ -15,6 +15,7 @@
 mod backoff;
 mod balloon;
 mod log;
+mod services;
 mod source;
 mod vms;
 mod watch;
@@ -40,6 +41,7 @@ use crate::report::text;
 use backoff::{Backoff, STEADY};
 use balloon::Balloons;
 use log::Log;
+use services::Services;
 use source::{Reading, Source};
 use vms::{Heard, Vms};
 use watch::Watch;
@@ -89,6 +91,7 @@ struct Agent<'a> {
     links: LinkEvents,
     watch: Watch,
     vms: Vms,
+    services: Services,
     declared: Option<(Declaration, Sha256)>,
     /// The source was whole when it was last read.
     source_is_good: bool,
@@ -117,6 +120,7 @@ pub fn run(host: &LinuxHost, options: Options) -> Result<(), AgentError> {
         links,
         watch,
         vms: Vms::default(),
+        services: Services::default(),
         declared: None,
         source_is_good: false,
         backoff: Backoff::default(),
@@ -387,6 +391,7 @@ impl Agent<'_> {
             .map(|id| &id.name)
             .collect();
         let heard = self.vms.refresh(self.host, &declared);
+        self.services.refresh(self.host, &declaration.desired);
         self.hear(heard);
     }
 
@@ -431,7 +436,7 @@ impl Agent<'_> {
         };
         let touched = self.watch.drain().unwrap_or(watch::Touched { source: true, pools: true });
         let heard = self.vms.drain();
-        let vms = self.hear(heard);
+        let vms = self.hear(heard) | self.services.drain();
         self.due.host |= links || touched.pools || vms;
         self.due.source |= touched.source;
         links || touched.pools || touched.source || vms
@@ -504,6 +509,7 @@ impl Agent<'_> {
             PollFd::from_borrowed_fd(self.watch.as_fd(), PollFlags::IN),
         ];
         fds.extend(self.links.tables_fd().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        fds.extend(self.services.fds().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
         fds.extend(self.vms.poll_fds());
         // Rounded up, so as not to wake just before the time.
         let timeout = timeout + Duration::from_micros(500);

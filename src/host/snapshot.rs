@@ -26,6 +26,8 @@ pub struct Snapshot {
     /// The nftables tables that are ours by their names, and no others.
     pub tables: Observed<BTreeMap<TableId, Table>>,
     pub forwarding: Observed<BTreeMap<IpFamily, Forwarding>>,
+    /// The DHCP and DNS service of each network that has one.
+    pub services: Observed<BTreeMap<Mark, Service>>,
     /// Every pool in the scope, and every pool that is registered in the state directory.
     pub pools: BTreeMap<ObjectName, Observed<Pool>>,
     /// Every VM that is defined or runs.
@@ -45,11 +47,12 @@ pub enum Capability {
     VlanFiltering,
     Tun,
     Nftables,
+    Dnsmasq,
 }
 
 impl Capability {
-    pub const ALL: [Capability; 6] =
-        [Self::Kvm, Self::Bridge, Self::Vlan, Self::VlanFiltering, Self::Tun, Self::Nftables];
+    pub const ALL: [Capability; 7] =
+        [Self::Kvm, Self::Bridge, Self::Vlan, Self::VlanFiltering, Self::Tun, Self::Nftables, Self::Dnsmasq];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -58,6 +61,7 @@ impl Capability {
             Self::Vlan => "802.1Q VLANs (module 8021q)",
             Self::VlanFiltering => "VLAN filtering on bridges (CONFIG_BRIDGE_VLAN_FILTERING)",
             Self::Tun => "tap devices (module tun, /dev/net/tun)",
+            Self::Dnsmasq => "DHCP and DNS for networks (the program `dnsmasq`)",
             Self::Nftables => "nftables (the program `nft`, module nf_tables)",
         }
     }
@@ -78,6 +82,9 @@ impl Capability {
                 "boot a kernel with CONFIG_BRIDGE_VLAN_FILTERING (every distribution's), or use Vlan objects with a bridge each"
             }
             Self::Tun => "`modprobe tun`; in a container, pass /dev/net/tun in",
+            Self::Dnsmasq => {
+                "install the package `dnsmasq-base` (Debian: `apt-get install dnsmasq-base`); a network without `dhcp`, `dns` and router advertisements needs none"
+            }
             Self::Nftables => {
                 "install the package `nftables` (Debian: `apt-get install nftables`; it need not be enabled)"
             }
@@ -195,6 +202,46 @@ pub struct Forwarding {
     /// The host's default route is by router advertisements to this link, which a router doesn't heed: to turn
     /// forwarding on would cut the host off.
     pub default_route_by_ra: Option<LinkName>,
+}
+
+/// DHCP, DNS and router advertisements of a network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Service {
+    /// What its process was given.
+    pub config: ServiceConfig,
+    /// `None`: it doesn't run, or listens on a bridge that is no more.
+    pub pid: Option<i32>,
+    pub leases: Vec<Lease>,
+}
+
+/// What a dnsmasq is given. The first takes a new process; the others it reads again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceConfig {
+    pub bridge: LinkName,
+    /// Its configuration, without paths.
+    pub main: String,
+    /// Which guest gets which address, one a line: `52:54:00:12:34:56,192.168.122.10,web`.
+    pub hosts: String,
+    /// Names in the manner of /etc/hosts.
+    pub names: String,
+}
+
+impl ServiceConfig {
+    /// What one has that was never started.
+    pub fn nothing(like: &Self) -> Self {
+        let nothing = String::new;
+        Self { bridge: like.bridge.clone(), main: nothing(), hosts: nothing(), names: nothing() }
+    }
+}
+
+/// An address that a guest has for a time.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    /// 0: never.
+    pub expires_unix_seconds: u64,
+    pub mac_address: MacAddress,
+    pub address: std::net::IpAddr,
+    pub host_name: Option<String>,
 }
 
 /// A directory pool.

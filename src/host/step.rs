@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use super::Lane;
 use super::snapshot::{
-    BridgeFacts, CpuShare, HostSetting, IpFamily, PolicyRules, PortFacts, Table, TableId, VlanProtocol,
-    VmDefinition,
+    BridgeFacts, CpuShare, HostSetting, IpFamily, PolicyRules, PortFacts, ServiceConfig, Table, TableId,
+    VlanProtocol, VmDefinition,
 };
 use crate::name::{IpPrefix, LinkName, MacAddress, Mark, ObjectName, Sha256, VlanId};
 use crate::vmm::config::{DiskConfig, DiskFormat, Limits, NicConfig};
@@ -54,6 +54,14 @@ pub enum Step {
     },
     DeleteTable {
         id: TableId,
+    },
+    /// Makes the network's dnsmasq run with this: started anew only for what it can't read again.
+    SetService {
+        mark: Mark,
+        config: ServiceConfig,
+    },
+    RemoveService {
+        mark: Mark,
     },
     /// Turns forwarding on for this object, and remembers how it was before the first.
     RequireForwarding {
@@ -401,6 +409,8 @@ impl std::fmt::Display for Step {
             Self::RemoveAddress { link, address } => write!(f, "remove {address} from {link}"),
             Self::SetTable { id, .. } => write!(f, "write the nftables table {id}"),
             Self::DeleteTable { id } => write!(f, "delete the nftables table {id}"),
+            Self::SetService { mark, .. } => write!(f, "run dnsmasq for {}", mark.owner),
+            Self::RemoveService { mark } => write!(f, "stop dnsmasq of {}", mark.owner),
             Self::RequireForwarding { family, .. } => write!(f, "turn {family} forwarding on"),
             Self::ReleaseForwarding { family, .. } => write!(f, "let go of {family} forwarding"),
             Self::CreatePool { path, .. } => write!(f, "make {} a pool", path.display()),

@@ -204,7 +204,10 @@ impl Spec {
             }
             Spec::Bridge(_) => [Capability::Bridge].into(),
             Spec::Vlan(_) => [Capability::Vlan].into(),
-            Spec::Network(_) => [Capability::Bridge, Capability::Nftables].into(),
+            Spec::Network(spec) => {
+                let service = spec.has_service().then_some(Capability::Dnsmasq);
+                [Capability::Bridge, Capability::Nftables].into_iter().chain(service).collect()
+            }
             Spec::VirtualMachine(spec) if spec.interfaces.is_empty() => [Capability::Kvm].into(),
             Spec::VirtualMachine(_) => [Capability::Kvm, Capability::Tun].into(),
             Spec::HostPolicy(_) | Spec::StoragePool(_) | Spec::Image(_) | Spec::Volume(_) => BTreeSet::new(),

@@ -73,6 +73,9 @@ fn digest(snapshot: &Snapshot, interesting: &BTreeSet<LinkName>) -> String {
             }
         }
     }
+    for service in seen.services.iter_mut().flat_map(|services| services.values_mut()) {
+        service.leases.clear();
+    }
     for vm in seen.vms.iter_mut().flat_map(|vms| vms.values_mut()) {
         if let Some(Ok(process)) = &mut vm.process {
             process.uptime_ms = 0;

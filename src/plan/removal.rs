@@ -31,6 +31,7 @@ pub fn owned(context: &Context) -> BTreeSet<ObjectId> {
     marks.extend(snapshot.forwarding.iter().flatten().flat_map(|(_, facts)| facts.users.clone()));
     let policy = snapshot.host.iter().filter_map(|host| host.policy.as_ref());
     marks.extend(policy.map(|policy| policy.mark.clone()));
+    marks.extend(snapshot.services.iter().flatten().map(|(mark, _)| mark.clone()));
     marks.extend(snapshot.vms.iter().flatten().filter_map(|(_, vm)| owner(vm)));
     marks.into_iter().filter(|mark| mark.set == *set).map(|mark| mark.owner).collect()
 }
@@ -131,6 +132,9 @@ impl Finder<'_> {
             return Some(action);
         }
         let mark = self.mark(id);
+        if self.context.snapshot.services.as_ref().is_ok_and(|services| services.contains_key(&mark)) {
+            action.steps.insert(0, Step::RemoveService { mark: mark.clone() });
+        }
         let table = TableId::of_network(&mark);
         if self.context.snapshot.tables.as_ref().is_ok_and(|tables| tables.contains_key(&table)) {
             action.step(Step::DeleteTable { id: table });

@@ -18,6 +18,7 @@ pub fn check(objects: &Objects, problems: &mut Vec<Problem>) {
         .collect();
     subnets(&networks, problems);
     port_forwards(&networks, problems);
+    addresses(objects, problems);
 }
 
 /// The host could not tell where an address is that lies in two of them.
@@ -61,6 +62,45 @@ fn port_forwards(networks: &[(&ObjectId, &Network)], problems: &mut Vec<Problem>
                 ));
             }
             others.push((id, pointer, forward.address));
+        }
+    }
+}
+
+/// What NICs say that their addresses are.
+fn addresses(objects: &Objects, problems: &mut Vec<Problem>) {
+    let mut seen: BTreeMap<(ObjectId, std::net::IpAddr), (&ObjectId, String)> = BTreeMap::new();
+    for (id, spec) in objects {
+        let Spec::VirtualMachine(vm) = spec else { continue };
+        for (index, nic) in vm.interfaces.iter().enumerate() {
+            let network_id = nic.attachment.object();
+            let Some(Spec::Network(network)) = objects.get(&network_id) else { continue };
+            let pointer = format!("/interfaces/{index}/addresses");
+            for address in &nic.addresses {
+                let subnets = network.addresses();
+                let subnet = subnets.iter().find(|subnet| subnet.contains(*address));
+                let taken = subnet
+                    .is_some_and(|subnet| subnet.address == *address || subnet.network().address == *address);
+                if subnet.is_none() || taken {
+                    let texts: Vec<String> =
+                        subnets.iter().map(|subnet| subnet.network().to_string()).collect();
+                    let message = match taken {
+                        true => format!("{address} is the gateway's or the network's own"),
+                        false => format!("{address} is not in {network_id}"),
+                    };
+                    problems.push(
+                        Problem::new(id, &pointer, message)
+                            .related(&network_id, "", "the network")
+                            .hint(format!("the network has {}", texts.join(" and "))),
+                    );
+                }
+                let key = (network_id.clone(), *address);
+                if let Some((other, at)) = seen.get(&key) {
+                    let message = format!("{address} is already that of a NIC of {other}");
+                    problems.push(Problem::new(id, &pointer, message).related(other, at, "first used here"));
+                } else {
+                    seen.insert(key, (id, pointer.clone()));
+                }
+            }
         }
     }
 }

@@ -4,9 +4,66 @@
 
 use std::fs::File;
 use std::io::Write as _;
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
-use super::ip;
+use vmctl::execute::execute;
+use vmctl::host::Host as _;
+use vmctl::host::linux::LinuxHost;
+use vmctl::plan::{Plan, Policy, Removal, plan};
+use vmctl::report::text::{self, Style};
+
+use super::objects::{Objects, desire};
+use super::support::{ip, scratch};
+
+/// This machine in the test's network, with a state directory of its own.
+pub struct Host {
+    pub linux: LinuxHost,
+    pub root: PathBuf,
+}
+
+impl Host {
+    /// In a private network, with a state directory of its own.
+    pub fn new(name: &str) -> Self {
+        let root = scratch(name);
+        let _ = std::fs::remove_dir_all(&root);
+        std::fs::create_dir_all(&root).unwrap();
+        let linux = LinuxHost::new(root.join("state"), root.join("run"), "/nonexistent/vmctl-vmm");
+        Self { linux, root }
+    }
+
+    pub fn diff(&self, objects: &Objects) -> Plan {
+        self.approved(objects, "")
+    }
+
+    pub fn approved(&self, objects: &Objects, hash: &str) -> Plan {
+        let desired = desire(objects);
+        let approve = Some(hash.to_owned());
+        let policy = Policy { removal: Removal::Prune, approve, ..Policy::default() };
+        plan(&desired, &self.linux.snapshot(&desired.scope()), &policy)
+    }
+
+    /// Applies in one run; the plan after it must be empty. Gives the plan's text.
+    pub fn apply(&self, objects: &Objects) -> String {
+        let mut plan = self.diff(objects);
+        if plan.is_refused() {
+            // All networks at once: a person would be asked.
+            plan = self.approved(objects, &plan.hash);
+        }
+        let shown = text::plan(&plan, Style::default());
+        let outcomes = execute(&plan, &self.linux, &mut |_| {});
+        assert!(outcomes.values().all(|outcome| outcome.is_done()), "{shown}{outcomes:#?}");
+        let again = self.diff(objects);
+        assert!(again.is_empty(), "after {shown}the next plan is {}", text::plan(&again, Style::default()));
+        shown
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.root);
+    }
+}
 
 /// A network of its own, held by a process that sleeps.
 pub struct Namespace {

@@ -140,6 +140,17 @@ fn describe(object: &Object, style: Style) -> String {
             page.line("NAT", if network.nat { "on" } else { "off" });
             page.list("Forwarding", &network.forwarding);
             page.list("Port forwards", &network.port_forwards);
+            if let Some(service) = &network.service {
+                let down = || style.red("not running");
+                page.line("DHCP and DNS", service.pid.map_or_else(down, |pid| format!("dnsmasq, pid {pid}")));
+            }
+            if !network.leases.is_empty() {
+                page.section("Leases");
+            }
+            for lease in &network.leases {
+                let name = lease.host_name.as_deref().unwrap_or("-");
+                page.item(&format!("{:<15}  {}  {name}", lease.address, lease.mac_address));
+            }
         }
         Status::StoragePool(pool) => {
             let state = if pool.present { "" } else { " (missing)" };

@@ -1,5 +1,6 @@
 //! `vmctl get`: the objects that the host has, with their live state.
 
+mod leases;
 pub mod table;
 
 use clap::{Args, ValueEnum};
@@ -25,8 +26,10 @@ Examples:
   vmctl get vm/web volume -o wide
   vmctl get vm web -o json | jq .status.pid
   vmctl get volumes -o name
+  vmctl get leases                        addresses that guests have of DHCP
 
-Kinds: host (hostpolicy), bridge (br), vlan, storagepool (pool, sp), image (img), volume (vol), virtualmachine (vm)")]
+Kinds: host (hostpolicy), bridge (br), vlan, network (net), storagepool (pool, sp), image (img), volume (vol),
+       virtualmachine (vm)")]
 pub struct Command {
     /// KIND, KIND/NAME, KIND NAME…, KIND,KIND or `all`
     #[arg(value_name = "KIND[/NAME]", required = true)]
@@ -53,9 +56,17 @@ pub enum Format {
 
 impl Command {
     pub fn run(self, session: &Session) -> Result {
-        let resources = parse_resources(&self.resources)?;
+        let asks_for_leases = leases::is_asked_for(&self.resources);
+        let resources = if asks_for_leases { Vec::new() } else { parse_resources(&self.resources)? };
         let snapshot = session.host().snapshot(&Scope::default());
         let (all, unseen) = objects(&snapshot, self.set.as_ref());
+        if asks_for_leases {
+            leases::print(session, &all, self.output)?;
+            for error in &unseen {
+                session.out.error(&CliError::failed(format!("could not look: {error}")));
+            }
+            return Ok(if unseen.is_empty() { Exit::Ok } else { Exit::Failed });
+        }
         let (shown, missing) = select(&all, &resources);
         match self.output {
             Format::Table | Format::Wide if shown.is_empty() && missing.is_empty() => {

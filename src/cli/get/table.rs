@@ -71,6 +71,7 @@ const NETWORK: &[Column] = &[
     column("PORTS"),
     column("NAT"),
     column("FORWARDS"),
+    column("LEASES"),
     wide("MTU"),
     wide("MAC"),
 ];
@@ -171,7 +172,10 @@ fn is_worrying(status: &Status) -> bool {
         Status::HostPolicy(_) => false,
         Status::Bridge(bridge) => !bridge.link.up,
         Status::Vlan(vlan) => !vlan.link.up,
-        Status::Network(network) => !network.link.as_ref().is_some_and(|link| link.up),
+        Status::Network(network) => {
+            let serves = network.service.as_ref().is_none_or(|service| service.running);
+            !serves || !network.link.as_ref().is_some_and(|link| link.up)
+        }
         Status::StoragePool(pool) => !pool.present,
         Status::Image(_) => false,
         Status::Volume(volume) => volume.unusable.is_some(),
@@ -250,6 +254,7 @@ fn cells(status: &Status) -> Vec<String> {
                 network.ports.len().to_string(),
                 network.nat.to_string(),
                 network.port_forwards.len().to_string(),
+                if network.service.is_some() { network.leases.len().to_string() } else { "-".to_owned() },
                 maybe(&link.map(|link| link.mtu)),
                 maybe(&link.and_then(|link| link.mac_address.clone())),
             ]

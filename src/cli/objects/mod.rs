@@ -15,7 +15,7 @@ use crate::kinds::virtual_machine::compare::owner;
 use crate::name::{Kind, LinkName, Mark, ObjectId, ObjectName, SetName};
 use crate::vmm::config::DiskFormat;
 pub use host::{HostStatus, status as host_status};
-pub use network::NetworkStatus;
+pub use network::{Lease, NetworkStatus};
 pub use vm::VmStatus;
 
 /// One object on the host.

@@ -1,10 +1,12 @@
 //! What is true of a network now.
 
+use std::net::IpAddr;
+
 use serde::Serialize;
 
 use super::{Finder, LinkStatus, Status, link_status};
-use crate::host::snapshot::{Link, Table, TableId};
-use crate::name::{LinkName, Mark};
+use crate::host::snapshot::{self, Link, Table, TableId};
+use crate::name::{LinkName, MacAddress, Mark};
 
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -19,6 +21,39 @@ pub struct NetworkStatus {
     pub forwarding: Vec<String>,
     /// `tcp 8080 to 192.168.100.10 80`
     pub port_forwards: Vec<String>,
+    /// DHCP, DNS and router advertisements. `None`: it has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub service: Option<ServiceStatus>,
+    pub leases: Vec<Lease>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServiceStatus {
+    pub running: bool,
+    pub pid: Option<i32>,
+}
+
+/// An address that a guest has for a time.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Lease {
+    pub address: IpAddr,
+    pub mac_address: MacAddress,
+    pub host_name: Option<String>,
+    /// `None`: never.
+    pub expires_unix_seconds: Option<u64>,
+}
+
+impl From<&snapshot::Lease> for Lease {
+    fn from(lease: &snapshot::Lease) -> Self {
+        Self {
+            address: lease.address,
+            mac_address: lease.mac_address,
+            host_name: lease.host_name.clone(),
+            expires_unix_seconds: Some(lease.expires_unix_seconds).filter(|at| *at != 0),
+        }
+    }
 }
 
 impl Finder<'_> {
@@ -30,7 +65,12 @@ impl Finder<'_> {
             // Said already.
             (_, Err(_)) => return,
         };
+        let services = match &self.snapshot.services {
+            Ok(services) => services,
+            Err(error) => return self.unseen.push(error.clone()),
+        };
         for (id, table) in tables {
+            let service = services.get(&id.owner);
             let bridge = bridge(table);
             let link = bridge.as_ref().and_then(|bridge| Some((bridge, links.get(bridge)?)));
             let is_port = |link: &Link| bridge.is_some() && link.master == bridge;
@@ -40,6 +80,11 @@ impl Finder<'_> {
                 nat: table.chains.get("postrouting").is_some_and(|chain| !chain.rules.is_empty()),
                 forwarding: self.forwarding(&id.owner),
                 port_forwards: port_forwards(table),
+                service: service
+                    .map(|service| ServiceStatus { running: service.pid.is_some(), pid: service.pid }),
+                leases: service
+                    .map(|service| service.leases.iter().map(Lease::from).collect())
+                    .unwrap_or_default(),
                 bridge,
             };
             let TableId { owner, .. } = id.clone();

@@ -58,6 +58,7 @@ pub fn lacks(capability: Capability) -> Option<String> {
         Capability::Kvm => kvm(),
         Capability::Tun => tap::probe().err().map(|error| format!("/dev/net/tun: {error}")),
         Capability::Nftables => network::nft::lacks(),
+        Capability::Dnsmasq => network::service::lacks(),
         Capability::Bridge => kind("bridge", InfoKind::Bridge, InfoData::Bridge(Vec::new())),
         Capability::Vlan => kind("vlan", InfoKind::Vlan, InfoData::Vlan(Vec::new())),
         Capability::VlanFiltering => std::thread::Builder::new()

@@ -103,6 +103,11 @@ impl LinuxHost {
         Ok(self.vms.watch(vm)?.map(OwnedFd::from))
     }
 
+    /// A descriptor that becomes readable when the network's dnsmasq ends. `None`: none runs.
+    pub fn service_watch(&self, network: &crate::name::Mark) -> Option<OwnedFd> {
+        self.networks.service_watch(network)
+    }
+
     /// What the VM's process tells of itself from now on. `None`: none runs.
     pub fn vm_events(&self, vm: &ObjectName) -> Result<Option<Watch>, ObserveError> {
         self.vms.events(vm)
@@ -176,6 +181,8 @@ impl LinuxHost {
             | Step::RetainImage { .. } => self.storage.run(step),
             Step::SetTable { .. }
             | Step::DeleteTable { .. }
+            | Step::SetService { .. }
+            | Step::RemoveService { .. }
             | Step::RequireForwarding { .. }
             | Step::ReleaseForwarding { .. } => self.networks.run(step),
             Step::CreateLink(_)
@@ -204,6 +211,7 @@ impl Host for LinuxHost {
             host: self.files.observe(),
             tables,
             forwarding: self.networks.forwarding(),
+            services: self.networks.services(),
             pools,
             vms: vm_process::observe(&self.vms.state_dir, &self.vms.run_dir),
             files,

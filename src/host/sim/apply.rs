@@ -141,6 +141,8 @@ impl State {
             }
             Step::SetTable { .. }
             | Step::DeleteTable { .. }
+            | Step::SetService { .. }
+            | Step::RemoveService { .. }
             | Step::RequireForwarding { .. }
             | Step::ReleaseForwarding { .. } => self.apply_to_network(step),
             other => self.apply_to_host(other),

@@ -71,6 +71,7 @@ impl SimHost {
             host: Ok(policy::facts()),
             links: Ok(Default::default()),
             tables: Ok(Default::default()),
+            services: Ok(Default::default()),
             forwarding: Ok(IpFamily::ALL.map(|family| (family, Forwarding::default())).into()),
             pools: Default::default(),
             vms: Ok(Default::default()),

@@ -2,7 +2,7 @@
 
 use super::State;
 use super::apply::{Done, failed};
-use crate::host::snapshot::Capability;
+use crate::host::snapshot::{Capability, Service};
 use crate::host::{Step, StepError};
 
 impl State {
@@ -22,6 +22,26 @@ impl State {
             Step::DeleteTable { id } => {
                 let Ok(tables) = &mut self.world.tables else { return failed(step, "no tables") };
                 tables.remove(id);
+                Ok(())
+            }
+            Step::SetService { mark, config } => {
+                if self.lacks.contains(&Capability::Dnsmasq) {
+                    return Err(StepError::Lacks { what: step.to_string(), capability: Capability::Dnsmasq });
+                }
+                self.link(&config.bridge)?;
+                self.next_pid += 1;
+                let new = self.next_pid;
+                let Ok(services) = &mut self.world.services else { return failed(step, "no services") };
+                let have = services.get(mark);
+                let goes_on = have.filter(|have| have.config.main == config.main).and_then(|have| have.pid);
+                let leases = have.map(|have| have.leases.clone()).unwrap_or_default();
+                let pid = Some(goes_on.unwrap_or(new));
+                services.insert(mark.clone(), Service { config: config.clone(), pid, leases });
+                Ok(())
+            }
+            Step::RemoveService { mark } => {
+                let Ok(services) = &mut self.world.services else { return failed(step, "no services") };
+                services.remove(mark);
                 Ok(())
             }
             Step::RequireForwarding { family, mark } => {

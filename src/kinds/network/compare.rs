@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{Mode, Network, Place, rules};
+use super::{Mode, Network, Place, rules, service};
 use crate::host::Step;
 use crate::host::snapshot::{Capability, IpFamily, Rule, Table, TableId};
 use crate::kinds::Context;
@@ -53,6 +53,7 @@ fn compare_all(
         }
     }
     compare_forwarding(action, want, mark, context)?;
+    compare_service(action, id, want, &bridge, mark, context)?;
     action.usable = action.verb != Verb::Create && links.contains_key(&bridge);
     Ok(())
 }
@@ -185,5 +186,57 @@ fn compare_forwarding(
             action.step(Step::ReleaseForwarding { family, mark: mark.clone() });
         }
     }
+    Ok(())
+}
+
+/// DHCP, DNS and router advertisements. The network works without them for guests that need none, so a host
+/// that can't have them has the rest.
+fn compare_service(
+    action: &mut Action,
+    id: &ObjectId,
+    want: &Network,
+    bridge: &LinkName,
+    mark: &Mark,
+    context: &Context,
+) -> Result<(), Blocker> {
+    let services = context.snapshot.services.as_ref().map_err(Blocker::unseen)?;
+    let have = services.get(mark);
+    let Some(config) = service::config(id, want, bridge, context.declared) else {
+        if have.is_some() {
+            action.differs("dnsmasq", Some("running".into()), None, Impact::Live);
+            action.step(Step::RemoveService { mark: mark.clone() });
+        }
+        return Ok(());
+    };
+    if let Some(how) = context.snapshot.lacks.get(&Capability::Dnsmasq) {
+        action.block(Blocker::lacks(Capability::Dnsmasq, how));
+        return Ok(());
+    }
+    if have.is_some_and(|have| have.config == config && have.pid.is_some()) {
+        return Ok(());
+    }
+    if action.verb != Verb::Create {
+        match have {
+            Some(have) if have.pid.is_some() => {
+                let parts = [
+                    ("dnsmasq.settings", &have.config.main, &config.main),
+                    ("dnsmasq.reservations", &have.config.hosts, &config.hosts),
+                    ("dnsmasq.names", &have.config.names, &config.names),
+                ];
+                for (field, from, to) in parts {
+                    for line in from.lines().filter(|line| !to.lines().any(|other| other == *line)) {
+                        action.differs(field, Some(line.to_owned()), None, Impact::Live);
+                    }
+                    for line in to.lines().filter(|line| !from.lines().any(|other| other == *line)) {
+                        action.differs(field, None, Some(line.to_owned()), Impact::Live);
+                    }
+                }
+            }
+            _ => {
+                action.differs("dnsmasq", Some("not running".into()), Some("running".into()), Impact::Live);
+            }
+        }
+    }
+    action.step(Step::SetService { mark: mark.clone(), config });
     Ok(())
 }

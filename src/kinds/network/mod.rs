@@ -2,10 +2,11 @@
 
 pub mod compare;
 mod rules;
+mod service;
 pub mod wire;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use serde::Serialize;
 
@@ -24,6 +25,34 @@ pub struct Network {
     /// At most one of each family.
     pub subnets: BTreeMap<IpFamily, Subnet>,
     pub port_forwards: Vec<PortForward>,
+    /// Of IPv4.
+    pub dhcp: Option<Dhcp>,
+    /// Guests make themselves IPv6 addresses.
+    pub router_advertisements: bool,
+    /// `None`: there is none.
+    pub dns: Option<Dns>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Dhcp {
+    pub start: Ipv4Addr,
+    pub end: Ipv4Addr,
+    pub lease_seconds: u32,
+    pub options: Vec<DhcpOption>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DhcpOption {
+    pub number: u8,
+    /// As dnsmasq takes it, on one line.
+    pub value: String,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Dns {
+    pub domain: Option<String>,
+    /// `None`: the host's own.
+    pub forwarders: Option<Vec<IpAddr>>,
 }
 
 /// How far its guests get.
@@ -116,6 +145,11 @@ impl Network {
     /// The name of its own bridge; an object's name may be too long for one.
     pub fn own_link(&self, name: &ObjectName) -> Result<LinkName, NameError> {
         LinkName::parse(self.bridge.as_ref().map_or(name.as_str(), |bridge| bridge.0.as_str()))
+    }
+
+    /// Whether something has to run for it.
+    pub fn has_service(&self) -> bool {
+        self.dhcp.is_some() || self.router_advertisements || self.dns.is_some()
     }
 
     pub fn addresses(&self) -> BTreeSet<IpPrefix> {

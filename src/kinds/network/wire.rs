@@ -1,12 +1,13 @@
 //! The YAML form of a Network.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{BridgeName, Mode as InnerMode, Network as Inner, PortForward as InnerForward, Protocol, Subnet};
+use super::{Dhcp as InnerDhcp, DhcpOption as InnerOption, Dns as InnerDns};
 use crate::host::snapshot::IpFamily;
 use crate::kinds::{Problems, SpecProblem};
 use crate::name::IpPrefix;
@@ -31,6 +32,47 @@ pub struct Network {
     pub ipv6: Option<Ipv6>,
     /// Connections to ports of the host that go on to guests. Only with mode nat.
     pub port_forwards: Option<Vec<PortForward>>,
+    /// Names for the network's guests: each VM's own, and what others know. Default: with `ipv4.dhcp` or
+    /// `ipv6.routerAdvertisements`, by the host's resolvers.
+    pub dns: Option<Dns>,
+}
+
+/// IPv4 addresses for guests that ask. A guest whose VM declares `interfaces[].addresses` gets that one.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Dhcp {
+    /// The first address to give away. Default: the network's first.
+    pub start: Option<String>,
+    /// The last address to give away. Default: the network's last.
+    pub end: Option<String>,
+    /// How long a guest has its address before it asks again, 120 to 31536000 seconds. Default: 3600.
+    #[schemars(range(min = 120, max = 31_536_000))]
+    pub lease_seconds: Option<u32>,
+    /// Further options for guests.
+    pub options: Option<Vec<DhcpOption>>,
+}
+
+/// An option of DHCP.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct DhcpOption {
+    /// Its number, 1 to 254: 42 for NTP servers, 119 for search domains.
+    #[schemars(range(min = 1, max = 254))]
+    pub number: u8,
+    /// Its value: an address, a name, or several with commas.
+    pub value: String,
+}
+
+/// Names for the network's guests.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Dns {
+    /// Default: true.
+    pub enabled: Option<bool>,
+    /// The domain that guests are in: `web` is also `web.lab.internal`. Default: none.
+    pub domain: Option<String>,
+    /// Who is asked for other names; an empty list: nobody. Default: the host's resolvers.
+    pub forwarders: Option<Vec<String>>,
 }
 
 /// How far guests get.
@@ -50,6 +92,8 @@ pub struct Ipv4 {
     pub address: String,
     /// Whether guests go out under the host's address. Only with mode nat. Default: true.
     pub nat: Option<bool>,
+    /// Addresses for guests that ask. Default: none are given.
+    pub dhcp: Option<Dhcp>,
 }
 
 /// IPv6 on the network.
@@ -60,6 +104,9 @@ pub struct Ipv6 {
     pub address: String,
     /// Whether guests go out under the host's address. Only with mode nat. Default: true.
     pub nat: Option<bool>,
+    /// Whether guests are told of the network and its gateway, to make themselves addresses (SLAAC); the
+    /// prefix must have 64 bits. Default: false.
+    pub router_advertisements: Option<bool>,
 }
 
 /// Connections to a port of the host that go on to a guest.
@@ -97,6 +144,9 @@ impl Network {
             Some(Mode::Isolated) => InnerMode::Isolated,
         };
         let mut subnets = BTreeMap::new();
+        let dhcp = self.ipv4.as_ref().and_then(|ip| ip.dhcp.clone());
+        let router_advertisements =
+            self.ipv6.as_ref().is_some_and(|ip| ip.router_advertisements == Some(true));
         let families = [
             (IpFamily::Ipv4, "/ipv4", self.ipv4.map(|ip| (ip.address, ip.nat))),
             (IpFamily::Ipv6, "/ipv6", self.ipv6.map(|ip| (ip.address, ip.nat))),
@@ -123,7 +173,41 @@ impl Network {
                 forward.decode(&format!("/portForwards/{index}"), &subnets, &mut problems)
             })
             .collect();
-        problems.finish(Some(Inner { bridge, mode, mtu: self.mtu, subnets, port_forwards }))
+        let prefix = |family| subnets.get(&family).map(|subnet: &Subnet| subnet.address);
+        let dhcp = match (dhcp, prefix(IpFamily::Ipv4)) {
+            (Some(dhcp), Some(prefix)) => dhcp.decode(prefix, &mut problems),
+            _ => None,
+        };
+        if let Some(prefix) =
+            prefix(IpFamily::Ipv6).filter(|prefix| router_advertisements && prefix.prefix_len != 64)
+        {
+            let message = format!(
+                "guests make themselves addresses only in a prefix of 64 bits, and this has {}",
+                prefix.prefix_len
+            );
+            problems.add(SpecProblem::new("/ipv6/routerAdvertisements", message));
+        }
+        let dns = match self.dns {
+            None => (dhcp.is_some() || router_advertisements).then(Default::default),
+            Some(dns) => dns.decode(&mut problems),
+        };
+        if dns.is_some() && subnets.is_empty() {
+            problems.add(
+                SpecProblem::new("/dns", "there is no address that guests could ask")
+                    .hint("declare `ipv4` or `ipv6`"),
+            );
+        }
+        let mtu = self.mtu;
+        problems.finish(Some(Inner {
+            bridge,
+            mode,
+            mtu,
+            subnets,
+            port_forwards,
+            dhcp,
+            router_advertisements,
+            dns,
+        }))
     }
 }
 
@@ -197,5 +281,64 @@ impl PortForward {
         };
         let to_port = self.to_port.unwrap_or(self.port);
         Some(InnerForward { protocol, address: listens, port: self.port, to, to_port })
+    }
+}
+
+impl Dhcp {
+    fn decode(self, prefix: IpPrefix, problems: &mut Problems) -> Option<InnerDhcp> {
+        let IpAddr::V4(network) = prefix.network().address else { return None };
+        let last = u32::from(network) | (u32::MAX >> prefix.prefix_len);
+        let (first, last) = (u32::from(network) + 1, last - 1);
+        let mut bound = |field: &str, text: Option<String>, default: u32| {
+            let Some(text) = text else { return Some(Ipv4Addr::from(default)) };
+            let pointer = format!("/ipv4/dhcp/{field}");
+            let wrong = |_| format!("`{text}` is not an IPv4 address");
+            let address = problems.take(&pointer, text.parse::<Ipv4Addr>().map_err(wrong))?;
+            if !(first..=last).contains(&u32::from(address)) {
+                let message = format!("{address} is no guest's address in {}", prefix.network());
+                problems.add(SpecProblem::new(pointer, message));
+            }
+            Some(address)
+        };
+        let (start, end) = (bound("start", self.start, first), bound("end", self.end, last));
+        let options = self.options.unwrap_or_default();
+        for (index, option) in options.iter().enumerate() {
+            if option.value.chars().any(char::is_control) {
+                let pointer = format!("/ipv4/dhcp/options/{index}/value");
+                problems.add(SpecProblem::new(pointer, "a value is one line of printable text"));
+            }
+        }
+        let options =
+            options.into_iter().map(|option| InnerOption { number: option.number, value: option.value });
+        let (start, end) = (start?, end?);
+        if start > end {
+            problems.add(SpecProblem::new("/ipv4/dhcp", format!("{start} is after {end}")));
+        }
+        let lease_seconds = self.lease_seconds.unwrap_or(3600);
+        Some(InnerDhcp { start, end, lease_seconds, options: options.collect() })
+    }
+}
+
+impl Dns {
+    /// `None`: it is off.
+    fn decode(self, problems: &mut Problems) -> Option<InnerDns> {
+        if let Some(domain) = &self.domain {
+            let is_label = |label: &str| crate::name::ObjectName::parse(label).is_ok();
+            if domain.len() > 253 || !domain.split('.').all(is_label) {
+                let problem = SpecProblem::new(
+                    "/dns/domain",
+                    format!("`{domain}` is not a domain such as lab.internal"),
+                );
+                problems.add(problem.hint("lower-case letters, digits and `-`, parted by dots"));
+            }
+        }
+        let forwarders = self.forwarders.map(|texts| {
+            let decode = |(index, text): (usize, &String)| {
+                let wrong = |_| format!("`{text}` is not an IP address");
+                problems.take(&format!("/dns/forwarders/{index}"), text.parse::<IpAddr>().map_err(wrong))
+            };
+            texts.iter().enumerate().filter_map(decode).collect()
+        });
+        self.enabled.unwrap_or(true).then_some(InnerDns { domain: self.domain, forwarders })
     }
 }

@@ -9,6 +9,7 @@ mod taps;
 pub mod wire;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use serde::Serialize;
@@ -70,6 +71,8 @@ pub struct Disk {
 pub struct Interface {
     pub name: String,
     pub attachment: Attachment,
+    /// Those that the guest has in its network.
+    pub addresses: BTreeSet<IpAddr>,
     /// `None`: [`default_mac`].
     pub mac_address: Option<MacAddress>,
     /// `None`: what the bridge gives its ports. Only on a bridge that filters.

@@ -1,18 +1,21 @@
-//! What networks need of the host beyond their links: tables of nftables, and forwarding.
+//! What networks need of the host beyond their links: tables of nftables, forwarding, and `dnsmasq`.
 //!
 //! All that is kept here is in the state directory's `networks/`: what forwarding was before us and who
 //! needs it, and which tables were made (so that a host without any is never asked for them).
 
 mod forwarding;
 pub mod nft;
+pub mod service;
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use crate::host::error::StepError;
-use crate::host::snapshot::{Forwarding, IpFamily, Observed, Table, TableId};
+use crate::host::snapshot::{Forwarding, IpFamily, Observed, Service, Table, TableId};
 use crate::host::step::Step;
+use crate::name::Mark;
 
 /// Steps of several networks run at once, and share what is kept.
 static KEPT: Mutex<()> = Mutex::new(());
@@ -35,12 +38,22 @@ impl Networks {
         forwarding::observe(&self.directory)
     }
 
+    pub fn services(&self) -> Observed<BTreeMap<Mark, Service>> {
+        service::observe(&self.directory)
+    }
+
+    pub fn service_watch(&self, mark: &Mark) -> Option<OwnedFd> {
+        service::watch(&self.directory, mark)
+    }
+
     pub fn run(&self, step: &Step) -> Result<(), StepError> {
         // Nothing is half-done by who panicked: every step may be repeated.
         let _kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
         match step {
             Step::SetTable { id, table } => nft::set(&self.directory, id, table),
             Step::DeleteTable { id } => nft::delete(&self.directory, id),
+            Step::SetService { mark, config } => service::set(&self.directory, mark, config),
+            Step::RemoveService { mark } => service::remove(&self.directory, mark),
             Step::RequireForwarding { family, mark } => {
                 forwarding::require(&self.directory, *family, mark).map_err(failed(step))
             }

@@ -1,6 +1,7 @@
 //! Disks, NICs and the other devices in the YAML form.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -74,6 +75,9 @@ pub struct Interface {
     pub bridge: Option<String>,
     /// The Network that it is in; changes live. This or `bridge`.
     pub network: Option<String>,
+    /// Its IP addresses in its `network`, at most one of each family, without a prefix: DHCP gives it the IPv4
+    /// one, and DNS knows the VM's name by them. Default: what DHCP chooses.
+    pub addresses: Option<Vec<String>>,
     /// The NIC's name in the VM, at most 20 bytes. Default: `net<index>`.
     pub name: Option<String>,
     /// Its address. Default: made from the set's, the VM's and the NIC's names, and so always the same.
@@ -237,6 +241,21 @@ impl Interface {
                 None
             }
         };
+        let mut addresses = BTreeSet::new();
+        for (place, text) in self.addresses.unwrap_or_default().iter().enumerate() {
+            let pointer = format!("{pointer}/addresses/{place}");
+            let wrong = |_| format!("`{text}` is not an IP address such as 192.168.122.10, without a prefix");
+            let Some(address) = problems.take(&pointer, text.parse::<IpAddr>().map_err(wrong)) else {
+                continue;
+            };
+            if self.network.is_none() {
+                problems.add(SpecProblem::new(&pointer, "`addresses` has a meaning only with `network`"));
+            }
+            if addresses.iter().any(|other: &IpAddr| other.is_ipv4() == address.is_ipv4()) {
+                problems.add(SpecProblem::new(&pointer, "a NIC has one address of each family at most"));
+            }
+            addresses.insert(address);
+        }
         let mac_address = self
             .mac_address
             .as_deref()
@@ -268,6 +287,7 @@ impl Interface {
         Some(InnerInterface {
             name: name?,
             attachment: attachment?,
+            addresses,
             mac_address,
             vlans,
             queues: self.queues.unwrap_or(1),
