@@ -544,7 +544,7 @@ fn a_nic_changes_its_vlan_live() {
         vmctl::kinds::describe_vlans(&links[&link("web.net0")].port.as_ref().unwrap().vlans)
     };
     assert_eq!(vlans(&host), "10 pvid untagged");
-    vm(&mut objects, "web")["interfaces"][0]["vlan"] = json!({"trunk": [20, 30, 31], "native": 10});
+    vm(&mut objects, "web")["interfaces"][0]["vlan"] = json!({"trunk": [20, "30-31"], "native": 10});
     check_applies(
         &objects,
         &host,

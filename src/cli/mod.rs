@@ -19,6 +19,7 @@ mod exit;
 mod explain;
 mod get;
 mod graph;
+mod init;
 mod interrupt;
 mod lists;
 mod logs;
@@ -64,6 +65,7 @@ enum Command {
     Apply(apply::Command),
     Diff(diff::Command),
     Validate(validate::Command),
+    Init(init::Command),
     Get(get::Command),
     Describe(describe::Command),
     Graph(graph::Command),
@@ -120,7 +122,8 @@ impl Command {
             Self::VolList(command) => command.view.output == lists::Format::Json,
             Self::PoolList(command) => command.view.output == lists::Format::Json,
             Self::NetList(command) => command.view.output == lists::Format::Json,
-            Self::Describe(_)
+            Self::Init(_)
+            | Self::Describe(_)
             | Self::Console(_)
             | Self::Logs(_)
             | Self::Adopt(_)
@@ -135,6 +138,7 @@ impl Command {
             Self::Apply(command) => command.run(session),
             Self::Diff(command) => command.run(session),
             Self::Validate(command) => command.run(session),
+            Self::Init(command) => command.run(session),
             Self::Get(command) => command.run(session),
             Self::Describe(command) => command.run(session),
             Self::Delete(command) => command.run(session),

@@ -99,10 +99,37 @@ pub struct Interface {
 pub struct InterfaceVlan {
     /// The guest sends and receives untagged frames, which are this VLAN's, 1 to 4094.
     pub access: Option<u64>,
-    /// The guest sends and receives tagged frames of these VLANs, each 1 to 4094.
-    pub trunk: Option<Vec<u64>>,
+    /// The guest sends and receives tagged frames of these VLANs, each 1 to 4094; a range is a text: `"20-30"`.
+    pub trunk: Option<Vec<VlanRange>>,
     /// With `trunk`: the VLAN of untagged frames, 1 to 4094. Default: untagged frames are dropped.
     pub native: Option<u64>,
+}
+
+/// A VLAN's id, or several in a row.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum VlanRange {
+    Id(u64),
+    Range(String),
+}
+
+impl VlanRange {
+    fn decode(&self) -> Result<std::ops::RangeInclusive<u16>, String> {
+        let id = |id: u64| VlanId::new(id).map(VlanId::get).map_err(|error| error.to_string());
+        match self {
+            Self::Id(one) => id(*one).map(|one| one..=one),
+            Self::Range(text) => {
+                let wrong = || format!("`{text}` is not a range of VLANs such as 20-30");
+                let (first, last) = text.split_once('-').ok_or_else(wrong)?;
+                let number = |text: &str| text.trim().parse::<u64>().map_err(|_| wrong());
+                let (first, last) = (id(number(first)?)?, id(number(last)?)?);
+                if first > last {
+                    return Err(format!("`{text}`: a range begins with its lowest VLAN"));
+                }
+                Ok(first..=last)
+            }
+        }
+    }
 }
 
 /// The most that may pass a NIC.
@@ -316,8 +343,9 @@ impl InterfaceVlan {
                 let native = self.native.map(|native| id("native", native, problems));
                 let count = trunk.len();
                 let mut tagged = BTreeSet::new();
-                for (index, vlan) in trunk.into_iter().enumerate() {
-                    tagged.extend(id(&format!("trunk/{index}"), vlan, problems));
+                for (index, vlans) in trunk.into_iter().enumerate() {
+                    let range = problems.take(&format!("{pointer}/trunk/{index}"), vlans.decode());
+                    tagged.extend(range.into_iter().flatten().filter_map(|id| VlanId::new(id.into()).ok()));
                 }
                 let native = match native {
                     Some(native) => Some(native?),
