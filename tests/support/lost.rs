@@ -1,0 +1,114 @@
+//! Was a guest lost by the emulated lab? QEMU's emulation of VMRUN mixes up host and guest now and then. Then
+//! a guest faults three times in a row and starts anew, or its vCPU does nothing but leave for pages at an
+//! address that is the lab's own: of the instructions around VMRUN in `kvm_amd`. Either shows in what the VM
+//! process and KVM count and trace; a guest that merely hangs shows neither, and is a failure.
+
+use std::ops::Range;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use crate::support::RunningVm;
+
+const TRACING: &str = "/sys/kernel/tracing";
+const TRACED: Duration = Duration::from_secs(2);
+/// The lab's code that is left by VMRUN and entered by its end.
+const SYMBOL: &str = "__svm_vcpu_run";
+
+/// What was found.
+pub struct Verdict {
+    pub lost: bool,
+    pub evidence: String,
+}
+
+/// Looks at a VM of which a test has failed. `resets`: those that were asked for.
+pub fn judge(vm: &RunningVm, resets: u64) -> Verdict {
+    let failed = |evidence: String| Verdict { lost: false, evidence };
+    if vm.has_ended() {
+        return failed(format!("its process has ended: {:?}", vm.wait()));
+    }
+    let (state, metrics) = match (vm.control().state(), vm.control().metrics()) {
+        (Ok(state), Ok(metrics)) => (state, metrics),
+        (state, metrics) => {
+            return failed(format!("its process doesn't answer: {:?} {:?}", state.err(), metrics.err()));
+        }
+    };
+    let faults: u64 = metrics.vcpus.iter().map(|vcpu| vcpu.exits.others).sum();
+    let log = vm.log();
+    let tail: String = log.chars().skip(log.chars().count().saturating_sub(400)).collect();
+    let counts = format!(
+        "{:?}, {} resets where {resets} were asked for, {faults} triple faults; the console's end: {tail:?}",
+        state.phase, state.reboots
+    );
+    if state.reboots > resets {
+        return Verdict { lost: faults > 0, evidence: counts };
+    }
+    let (exits, in_host) = match trace(vm.pid) {
+        Ok(found) => found,
+        Err(error) => return failed(format!("{counts}; no trace of KVM: {error}")),
+    };
+    let kvm = kvm_counts(vm.pid);
+    Verdict {
+        lost: in_host > 0 && in_host * 2 > exits,
+        evidence: format!("{counts}; of {exits} exits in {TRACED:?} {in_host} at {SYMBOL} of the lab; {kvm}"),
+    }
+}
+
+/// Exits of the guest within a while, and those of them at an address of the lab's own code.
+fn trace(pid: i32) -> std::io::Result<(usize, usize)> {
+    // Where it is mounted already this fails, and is as well.
+    let _ = Command::new("mount").args(["-t", "tracefs", "tracefs", TRACING]).output();
+    let tracing = Path::new(TRACING);
+    let ours = range_of(SYMBOL)?;
+    std::fs::write(tracing.join("trace"), "")?;
+    std::fs::write(tracing.join("events/kvm/kvm_exit/enable"), "1")?;
+    std::fs::write(tracing.join("tracing_on"), "1")?;
+    std::thread::sleep(TRACED);
+    std::fs::write(tracing.join("tracing_on"), "0")?;
+    let text = std::fs::read(tracing.join("trace"))?;
+    std::fs::write(tracing.join("events/kvm/kvm_exit/enable"), "0")?;
+    let threads: Vec<String> = std::fs::read_dir(format!("/proc/{pid}/task"))?
+        .flatten()
+        .map(|task| format!("-{} ", task.file_name().to_string_lossy()))
+        .collect();
+    let text = String::from_utf8_lossy(&text);
+    let addresses: Vec<u64> = text
+        .lines()
+        .filter(|line| threads.iter().any(|thread| line.contains(thread)))
+        .filter_map(|line| {
+            let address = line.split_once(" rip 0x")?.1.split(' ').next()?;
+            u64::from_str_radix(address, 16).ok()
+        })
+        .collect();
+    Ok((addresses.len(), addresses.iter().filter(|address| ours.contains(address)).count()))
+}
+
+fn range_of(symbol: &str) -> std::io::Result<Range<u64>> {
+    let text = std::fs::read_to_string("/proc/kallsyms")?;
+    let address = |line: &str| u64::from_str_radix(line.split(' ').next()?, 16).ok();
+    let named = |line: &&str| line.split_whitespace().nth(2) == Some(symbol);
+    let none = || std::io::Error::other(format!("the kernel knows no {symbol}"));
+    let start = text.lines().find(named).and_then(address).ok_or_else(none)?;
+    let end = text.lines().filter_map(address).filter(|&other| other > start).min().unwrap_or(start + 512);
+    Ok(start..end)
+}
+
+/// What KVM counts of the VM, without zeroes.
+fn kvm_counts(pid: i32) -> String {
+    let _ = Command::new("mount").args(["-t", "debugfs", "debugfs", "/sys/kernel/debug"]).output();
+    let Ok(entries) = std::fs::read_dir("/sys/kernel/debug/kvm") else { return "no counts of KVM".into() };
+    let mut counts = Vec::new();
+    let of_vm =
+        |entry: &std::fs::DirEntry| entry.file_name().to_string_lossy().starts_with(&format!("{pid}-"));
+    for directory in entries.flatten().filter(of_vm) {
+        for file in std::fs::read_dir(directory.path()).into_iter().flatten().flatten() {
+            if let Ok(count) = std::fs::read_to_string(file.path())
+                && !["", "0"].contains(&count.trim())
+            {
+                counts.push(format!("{}={}", file.file_name().to_string_lossy(), count.trim()));
+            }
+        }
+    }
+    counts.sort();
+    counts.join(" ")
+}
