@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use vmctl::host::error::StepError;
+use vmctl::host::limits::ProcessLimits;
 use vmctl::host::linux::LinuxHost;
 use vmctl::host::sim::SimHost;
 use vmctl::host::snapshot::{
@@ -187,7 +188,7 @@ fn any_step(pool: PathBuf) -> impl Strategy<Value = Step> {
             }
         },
     );
-    let vms = (any::<bool>(), any::<bool>(), 0usize..12).prop_map(|(own, held, which)| {
+    let vms = (any::<bool>(), any::<bool>(), 0usize..13).prop_map(|(own, held, which)| {
         let vm = object("web");
         let mark = host::mark(Kind::VirtualMachine, if own { "web" } else { "other" });
         match which {
@@ -209,6 +210,10 @@ fn any_step(pool: PathBuf) -> impl Strategy<Value = Step> {
             8 => Step::SetCarrier { vm, mark, nic: "net0".to_owned(), up: held },
             9 => Step::SetBalloon { vm, mark, target_bytes: 0 },
             10 => Step::ReplaceTap { vm, mark, nic: "net0".to_owned(), tap: host::name("br0") },
+            11 => {
+                let limits = ProcessLimits { memory_bytes: None, threads: None };
+                Step::SetProcessLimits { vm, mark, limits }
+            }
             _ => Step::HoldVm { vm, mark, held },
         }
     });

@@ -17,6 +17,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, Signal};
 use support::*;
 use vmctl::host::error::StepError;
+use vmctl::host::limits::ProcessLimits;
 use vmctl::host::linux::{LinuxHost, cgroup, vm_uid};
 use vmctl::host::snapshot::{CpuShare, LinkKind, RunStrategy, Vm, VmDefinition, VmProcess};
 use vmctl::host::step::{NewLink, NewLinkKind, Step, StopHow};
@@ -681,6 +682,30 @@ fn each_vm_has_a_cgroup_and_a_user_of_its_own() {
         );
         directories.push(cgroup_directory(pid, "cpu"));
     }
+    // Somebody writes there: it is seen, and put right.
+    let process = ground.process("one");
+    let limits = process.limits.unwrap();
+    assert!(!process.files_in_memory, "the test's directory lies in memory");
+    assert_eq!(limits, ProcessLimits::of(&process.config, false));
+    let write = |controller: &str, files: &[&str], value: &str| {
+        let directory = cgroup_directory(process.pid, controller);
+        assert!(files.iter().any(|file| {
+            let path = directory.join(file);
+            path.exists() && std::fs::write(path, value).is_ok()
+        }));
+    };
+    write("memory", &["memory.max", "memory.limit_in_bytes"], &(256 << 20).to_string());
+    write("pids", &["pids.max"], "max");
+    let changed = ProcessLimits { memory_bytes: Some(256 << 20), threads: None };
+    assert_eq!(ground.process("one").limits, Some(changed));
+    let (vm, mark) = (vm_name(&definitions[0]), definitions[0].mark.clone());
+    for wanted in [ProcessLimits { memory_bytes: None, ..limits }, limits] {
+        let (vm, mark) = (vm.clone(), mark.clone());
+        ground.run(Step::SetProcessLimits { vm, mark, limits: wanted }).unwrap();
+        assert_eq!(ground.process("one").limits, Some(wanted));
+    }
+    assert_eq!(cgroup::limits(ours).unwrap(), None);
+    assert!(cgroup::set_limits(ours, limits).is_err(), "only VMs are touched");
     assert_eq!(cgroup::share(ours).unwrap(), None);
     assert!(cgroup::set_share(ours, CpuShare::default()).is_err(), "only VMs are touched");
 

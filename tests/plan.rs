@@ -12,7 +12,7 @@ use serde_json::json;
 use vmctl::execute::{Outcomes, execute};
 use vmctl::host::Host;
 use vmctl::host::sim::{Faults, SimHost};
-use vmctl::host::snapshot::{Capability, CpuShare, LinkKind, Snapshot};
+use vmctl::host::snapshot::{Capability, CpuShare, LinkKind, Snapshot, VmProcess};
 use vmctl::name::ObjectId;
 use vmctl::plan::{Plan, Policy, Removal};
 use vmctl::report::text::{self, Style};
@@ -392,6 +392,57 @@ fn a_part_of_the_cpus_changes_live_and_is_healed() {
         ~ VirtualMachine/vm1  1 vCPU, 256Mi, 2 disks, 1 NIC
               cpu.weight  1 → 200  live
         Plan: 1 to update live. Downtime: none.
+    "#]],
+    );
+}
+
+#[test]
+fn limits_that_somebody_changed_are_healed() {
+    let objects = tutorial();
+    let host = applied(&objects);
+    let edit = |change: fn(&mut VmProcess)| {
+        host.edit(|world| {
+            let vm = world.vms.as_mut().unwrap().values_mut().find(|vm| vm.process.is_some()).unwrap();
+            change(vm.process.as_mut().unwrap().as_mut().unwrap());
+        });
+    };
+    edit(|process| {
+        let limits = process.limits.as_mut().unwrap();
+        assert_eq!(limits.threads.replace(3), Some(512));
+        assert_eq!(limits.memory_bytes.take(), Some((256 + 32 + 128) << 20));
+    });
+    check_applies(
+        &objects,
+        &host,
+        &prune(),
+        expect![[r#"
+        ~ VirtualMachine/vm1  1 vCPU, 256Mi, 2 disks, 1 NIC
+              process.memoryMax   none → 416Mi  live
+              process.threadsMax  3 → 512       live
+        Plan: 1 to update live. Downtime: none.
+    "#]],
+    );
+    // Pages of a file in memory can't go: with such a disk there is no limit, and that is as it should be.
+    edit(|process| {
+        process.files_in_memory = true;
+        process.limits.as_mut().unwrap().memory_bytes = None;
+    });
+    check(
+        &objects,
+        &host,
+        &prune(),
+        expect![[r#"
+        No differences (15 objects).
+    "#]],
+    );
+    // Without a cgroup of its own there is nothing to heal.
+    edit(|process| process.limits = None);
+    check(
+        &objects,
+        &host,
+        &prune(),
+        expect![[r#"
+        No differences (15 objects).
     "#]],
     );
 }

@@ -5,6 +5,7 @@
 
 pub mod error;
 mod facts;
+pub mod limits;
 pub mod linux;
 pub mod nftables;
 pub mod sim;

@@ -10,6 +10,7 @@ use super::error::ObserveError;
 pub use super::facts::{
     BalloonRules, HostFacts, HostSetting, HugePages, Ksm, KsmRules, PolicyRules, Previous, RecordedPolicy,
 };
+pub use super::limits::ProcessLimits;
 pub use super::nftables::{BaseChain, Chain, Family, Rule, Table, TableId};
 use crate::name::{IpPrefix, LinkName, MacAddress, Mark, ObjectName, VlanId};
 use crate::vmm::config::{DiskFormat, VmConfig};
@@ -362,6 +363,12 @@ pub struct VmProcess {
     pub conditions: Vec<Condition>,
     /// What its cgroup gives it. `None`: it has none of its own.
     pub cpu_share: Option<CpuShare>,
+    /// What its cgroup lets it use. `None`: it has none of its own.
+    #[serde(default)]
+    pub limits: Option<ProcessLimits>,
+    /// Its disks, or files that were its disks, lie in memory: their pages are charged to it and can't go.
+    #[serde(default)]
+    pub files_in_memory: bool,
 }
 
 impl VmProcess {

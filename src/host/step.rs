@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::Lane;
+use super::limits::ProcessLimits;
 use super::snapshot::{
     BridgeFacts, CpuShare, HostSetting, IpFamily, PolicyRules, PortFacts, ServiceConfig, Table, TableId,
     VlanProtocol, VmDefinition,
@@ -224,6 +225,12 @@ pub enum Step {
         mark: Mark,
         share: CpuShare,
     },
+    /// Holds the running VM's process to these limits.
+    SetProcessLimits {
+        vm: ObjectName,
+        mark: Mark,
+        limits: ProcessLimits,
+    },
     /// Stops the vCPUs of a running VM, or lets them go on.
     PauseVm {
         vm: ObjectName,
@@ -370,6 +377,7 @@ impl Step {
             | Self::SetCarrier { vm, .. }
             | Self::SetBalloon { vm, .. }
             | Self::SetCpuShare { vm, .. }
+            | Self::SetProcessLimits { vm, .. }
             | Self::PauseVm { vm, .. }
             | Self::HoldVm { vm, .. } => Some(vm),
             _ => None,
@@ -455,6 +463,7 @@ impl std::fmt::Display for Step {
             Self::SetHostSetting { setting, value, .. } => write!(f, "set {setting} to {value}"),
             Self::RestoreHostSetting { setting, .. } => write!(f, "set {setting} back to what it was"),
             Self::ForgetHostPolicy { .. } => f.write_str("forget the host's policy"),
+            Self::SetProcessLimits { vm, .. } => write!(f, "set the limits of the process of VM {vm}"),
             Self::PauseVm { vm, paused: true, .. } => write!(f, "pause VM {vm}"),
             Self::PauseVm { vm, paused: false, .. } => write!(f, "let VM {vm} go on"),
             Self::HoldVm { vm, held: true, .. } => write!(f, "hold VM {vm} down"),

@@ -162,6 +162,7 @@ impl LinuxHost {
             | Step::SetCarrier { .. }
             | Step::SetBalloon { .. }
             | Step::SetCpuShare { .. }
+            | Step::SetProcessLimits { .. }
             | Step::PauseVm { .. }
             | Step::HoldVm { .. } => self.vms.run(step),
             Step::RecordHostPolicy { .. }

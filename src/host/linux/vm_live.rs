@@ -9,6 +9,7 @@ use super::vm_control::Vms;
 use super::vm_process::chain;
 use super::vm_start;
 use crate::host::error::StepError;
+use crate::host::limits::ProcessLimits;
 use crate::host::snapshot::CpuShare;
 use crate::host::step::Step;
 use crate::name::{LinkName, Mark, ObjectName};
@@ -58,6 +59,7 @@ impl Vms {
                 live(vm, mark)?.command(&Verb::SetBalloon { target_bytes: *target_bytes })
             }
             Step::SetCpuShare { vm, mark, share } => live(vm, mark)?.set_cpu_share(*share),
+            Step::SetProcessLimits { vm, mark, limits } => live(vm, mark)?.set_limits(*limits),
             Step::PauseVm { vm, mark, paused } => {
                 live(vm, mark)?.command(if *paused { &Verb::Pause } else { &Verb::Resume })
             }
@@ -113,6 +115,11 @@ impl Live<'_> {
     /// Its process can't reach its own cgroup: this is done to it.
     fn set_cpu_share(&self, share: CpuShare) -> Result<(), StepError> {
         let set = self.control.peer_pid().and_then(|pid| cgroup::set_share(pid, share));
+        set.map_err(|error| self.failed(error))
+    }
+
+    fn set_limits(&self, limits: ProcessLimits) -> Result<(), StepError> {
+        let set = self.control.peer_pid().and_then(|pid| cgroup::set_limits(pid, limits));
         set.map_err(|error| self.failed(error))
     }
 

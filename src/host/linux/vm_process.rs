@@ -108,6 +108,8 @@ fn ask(place: &VmPlace) -> Result<Option<VmProcess>, LookError> {
 }
 
 fn process_facts(pid: i32, state: VmState) -> VmProcess {
+    let disks = state.config.disks.iter().map(|disk| Path::new(&disk.path));
+    let files_in_memory = cgroup::files_in_memory(pid, disks);
     VmProcess {
         pid,
         phase: state.phase,
@@ -118,6 +120,8 @@ fn process_facts(pid: i32, state: VmState) -> VmProcess {
         conditions: state.conditions,
         // One that ends meanwhile has none any more.
         cpu_share: cgroup::share(pid).unwrap_or_default(),
+        limits: cgroup::limits(pid).unwrap_or_default(),
+        files_in_memory,
     }
 }
 

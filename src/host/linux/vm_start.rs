@@ -19,6 +19,7 @@ use super::vm_process::{self, LOOK_TIMEOUT, chain};
 use super::vm_user;
 use super::vm_vsock;
 use crate::host::error::StepError;
+use crate::host::limits::ProcessLimits;
 use crate::host::snapshot::{Capability, VmDefinition};
 use crate::name::{LinkName, Mark, ObjectName};
 use crate::vmm::client;
@@ -121,8 +122,8 @@ fn confine(
     let is_disk = |role: &FdRole| matches!(role, FdRole::Disk { .. });
     let mut files = roles.iter().zip(fds.iter());
     let in_memory = files.any(|(role, fd)| is_disk(role) && cgroup::lies_in_memory(fd));
-    let memory_bytes = cgroup::memory_max(&definition.config, in_memory);
-    let limits = Limits { memory_bytes, cpu: definition.cpu_share };
+    let process = ProcessLimits::of(&definition.config, in_memory);
+    let limits = Limits { process, cpu: definition.cpu_share };
     let user = vm_user::claim(vm)?;
     let made = NewCgroup::make(vm, user.uid, &limits).and_then(|cgroup| Ok((cgroup.open()?, cgroup)));
     roles.push(FdRole::User);

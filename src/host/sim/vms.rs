@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::State;
 use super::apply::{Done, failed, grow, not_ours};
+use crate::host::limits::ProcessLimits;
 use crate::host::snapshot::{Capability, LinkKind, Vm, VmDefinition, VmProcess};
 use crate::host::{Step, StepError};
 use crate::name::{LinkName, Mark, ObjectName};
@@ -40,6 +41,10 @@ impl State {
             }
             Step::SetCpuShare { vm, mark, share } => {
                 self.running(vm, mark)?.cpu_share = Some(*share);
+                Ok(())
+            }
+            Step::SetProcessLimits { vm, mark, limits } => {
+                self.running(vm, mark)?.limits = Some(*limits);
                 Ok(())
             }
             Step::PauseVm { vm, mark, paused } => {
@@ -229,6 +234,8 @@ impl State {
             disk_capacity_bytes,
             conditions: Vec::new(),
             cpu_share: Some(definition.cpu_share),
+            limits: Some(ProcessLimits::of(&definition.config, false)),
+            files_in_memory: false,
         }));
         vm.exit = None;
         Ok(())

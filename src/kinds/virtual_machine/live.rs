@@ -4,9 +4,9 @@ use super::changes::{Changes, LiveChange, Work};
 use super::compare::Compare;
 use super::taps::Tap;
 use crate::host::Step;
-use crate::host::snapshot::VmProcess;
-use crate::kinds::action::{FieldChange, Verb};
-use crate::name::{LinkName, Mark};
+use crate::host::snapshot::{ProcessLimits, VmProcess};
+use crate::kinds::action::{FieldChange, Impact, Verb};
+use crate::name::{ByteSize, LinkName, Mark};
 use crate::vmm::config::NicConfig;
 use crate::vmm::protocol::{ConditionKind, Phase};
 
@@ -50,6 +50,7 @@ impl Compare<'_> {
             }
         }
         self.cpu_share();
+        self.process_limits(process);
         self.remove_taps(|tap| {
             let runs = process.config.nics.iter().any(|nic| nic.tap == tap.as_str());
             !runs && !comes.iter().any(|work| matches!(work, Work::AddNic(nic) if nic.tap == tap.as_str()))
@@ -73,6 +74,24 @@ impl Compare<'_> {
         });
         goes.into_iter().for_each(|work| self.unplug(process, work));
         late.into_iter().for_each(|work| self.plug(work));
+    }
+
+    /// Nobody declares these: whoever writes into the cgroup of a running VM is put right.
+    fn process_limits(&mut self, process: &VmProcess) {
+        let want = ProcessLimits::of(&process.config, process.files_in_memory);
+        let Some(have) = process.limits.filter(|have| *have != want) else { return };
+        let memory = |limits: ProcessLimits| limits.memory_bytes.map(|bytes| ByteSize(bytes).to_string());
+        let threads = |limits: ProcessLimits| limits.threads.map(|threads| threads.to_string());
+        for (field, from, to) in [
+            ("process.memoryMax", memory(have), memory(want)),
+            ("process.threadsMax", threads(have), threads(want)),
+        ] {
+            if from != to {
+                self.action.differs(field, from, to, Impact::Live);
+            }
+        }
+        let (vm, mark) = (self.id.name.clone(), self.mark.clone());
+        self.action.step(Step::SetProcessLimits { vm, mark, limits: want });
     }
 
     /// Shows what waits for the next start. True: it is news to the definition.

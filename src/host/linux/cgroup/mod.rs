@@ -21,46 +21,48 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::fs::{FlockOperation, Mode, OFlags, StatFs};
 
 use self::place::{Hierarchy, Version};
+use crate::host::limits::{MEMORY_OVERHEAD_BYTES, ProcessLimits};
 use crate::host::snapshot::CpuShare;
 use crate::name::ObjectName;
-use crate::vmm::config::VmConfig;
 use crate::vmm::protocol::FdRole;
 
 /// What a VM process is held to.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// `None`: no limit.
-    pub memory_bytes: Option<u64>,
+    pub process: ProcessLimits,
     pub cpu: CpuShare,
 }
 
-/// More threads than a full machine has, KVM's and vhost's own included.
-const THREADS_MAX: u32 = 512;
-/// Of the VM process itself, and what the kernel keeps for it.
-const MEMORY_OVERHEAD_BYTES: u64 = 128 << 20;
-/// Of the guest's memory: its page tables, those of nested paging, KVM's bookkeeping.
-const MEMORY_OVERHEAD_PART: u64 = 8;
 const PERIOD_US: u64 = 100_000;
 const ATTEMPTS: u32 = 16;
 
-/// The most memory that a VM process may come to use: there to hold up one that runs away, not to press.
-///
-/// The page cache of its disks is charged to it as well. That never kills it, for the kernel drops or
-/// writes back such pages first, and within these bounds there is room for a working set of them. But
-/// the pages of a file that lies in memory (tmpfs) can't be dropped: with such a disk there is no limit.
-pub fn memory_max(config: &VmConfig, disk_in_memory: bool) -> Option<u64> {
-    let guest = config.memory_bytes;
-    (!disk_in_memory).then_some(guest + guest / MEMORY_OVERHEAD_PART + MEMORY_OVERHEAD_BYTES)
-}
-
 /// Whether the pages of this file are its only copy.
 pub fn lies_in_memory(file: &OwnedFd) -> bool {
+    rustix::fs::fstatfs(file).is_ok_and(|facts| is_memory(&facts))
+}
+
+fn is_memory(facts: &StatFs) -> bool {
     const RAMFS_MAGIC: u64 = 0x8584_58f6;
     const TMPFS_MAGIC: u64 = 0x0102_1994;
-    rustix::fs::fstatfs(file).is_ok_and(|facts| [RAMFS_MAGIC, TMPFS_MAGIC].contains(&(facts.f_type as u64)))
+    [RAMFS_MAGIC, TMPFS_MAGIC].contains(&(facts.f_type as u64))
+}
+
+/// Whether such files are disks of this VM process, or were: what was read and written of them is charged
+/// to it until they are deleted.
+pub fn files_in_memory<'a>(pid: i32, mut disks: impl Iterator<Item = &'a Path>) -> bool {
+    // Less finds room in what is kept free beside the guest.
+    const MUCH: u64 = MEMORY_OVERHEAD_BYTES / 2;
+    let charged = || {
+        let (path, version) = place::of(pid, "memory").ok()??;
+        let text = std::fs::read_to_string(path.join("memory.stat")).ok()?;
+        let field = if version == Version::Two { "shmem " } else { "total_shmem " };
+        text.lines().find_map(|line| line.strip_prefix(field))?.trim().parse::<u64>().ok()
+    };
+    disks.any(|disk| rustix::fs::statfs(disk).is_ok_and(|facts| is_memory(&facts)))
+        || charged().is_some_and(|bytes| bytes > MUCH)
 }
 
 /// A VM's cgroup, made and not yet in use. As long as this is there, nobody removes it.
@@ -111,18 +113,12 @@ impl NewCgroup {
 
 impl Part {
     fn limit(&self, limits: &Limits) -> io::Result<()> {
-        let write = |file: &str, value: String| write_value(&self.path.join(file), &value);
         let has = |controller| self.controllers.contains(&controller);
         if has("memory") {
-            match (self.version, limits.memory_bytes) {
-                (Version::Two, Some(bytes)) => write("memory.max", bytes.to_string())?,
-                (Version::Two, None) => write("memory.max", "max".into())?,
-                (Version::One, Some(bytes)) => write("memory.limit_in_bytes", bytes.to_string())?,
-                (Version::One, None) => write("memory.limit_in_bytes", "-1".into())?,
-            }
+            limit_memory(&self.path, self.version, limits.process.memory_bytes)?;
         }
         if has("pids") {
-            write("pids.max", THREADS_MAX.to_string())?;
+            limit_threads(&self.path, limits.process.threads)?;
         }
         if has("cpu") { set_share_in(&self.path, self.version, limits.cpu) } else { Ok(()) }
     }
@@ -217,12 +213,65 @@ pub fn set_share(pid: i32, share: CpuShare) -> io::Result<()> {
     }
 }
 
-/// For a running VM that gets a disk whose pages are memory: see [`memory_max`].
+/// What this VM process may use. `None`: it is in no cgroup of ours.
+pub fn limits(pid: i32) -> io::Result<Option<ProcessLimits>> {
+    let (Some((memory, version)), Some((pids, _))) = (place::of(pid, "memory")?, place::of(pid, "pids")?)
+    else {
+        return Ok(None);
+    };
+    Ok(Some(ProcessLimits {
+        memory_bytes: read_limit(&memory.join(memory_file(version)))?,
+        threads: read_limit(&pids.join("pids.max"))?,
+    }))
+}
+
+/// Holds a running VM process to other limits.
+pub fn set_limits(pid: i32, limits: ProcessLimits) -> io::Result<()> {
+    let (Some((memory, version)), Some((pids, _))) = (place::of(pid, "memory")?, place::of(pid, "pids")?)
+    else {
+        return Err(io::Error::other("its process is in no cgroup of its own"));
+    };
+    limit_memory(&memory, version, limits.memory_bytes)?;
+    limit_threads(&pids, limits.threads)
+}
+
+/// For a running VM that gets a disk whose pages are memory: see [`ProcessLimits::of`].
 pub fn lift_memory_limit(pid: i32) -> io::Result<()> {
     match place::of(pid, "memory")? {
-        Some((path, Version::Two)) => write_value(&path.join("memory.max"), "max"),
-        Some((path, Version::One)) => write_value(&path.join("memory.limit_in_bytes"), "-1"),
+        Some((path, version)) => limit_memory(&path, version, None),
         None => Ok(()),
+    }
+}
+
+fn memory_file(version: Version) -> &'static str {
+    match version {
+        Version::Two => "memory.max",
+        Version::One => "memory.limit_in_bytes",
+    }
+}
+
+fn limit_memory(path: &Path, version: Version, bytes: Option<u64>) -> io::Result<()> {
+    let none = if version == Version::Two { "max" } else { "-1" };
+    let value = bytes.map_or(none.to_owned(), |bytes| bytes.to_string());
+    write_value(&path.join(memory_file(version)), &value)
+}
+
+fn limit_threads(path: &Path, threads: Option<u64>) -> io::Result<()> {
+    write_value(&path.join("pids.max"), &threads.map_or("max".to_owned(), |threads| threads.to_string()))
+}
+
+/// `None`: there is no limit.
+fn read_limit(path: &Path) -> io::Result<Option<u64>> {
+    let text = std::fs::read_to_string(path).map_err(|error| named(path, error))?;
+    limit_of(text.trim()).ok_or_else(|| named(path, io::Error::other(format!("it says {text:?}"))))
+}
+
+/// Version 1 says of no limit the greatest number of whole pages that it can count.
+fn limit_of(text: &str) -> Option<Option<u64>> {
+    const NONE_FROM: u64 = i64::MAX as u64 - (1 << 20);
+    match text {
+        "max" => Some(None),
+        number => number.parse().ok().map(|number| (number < NONE_FROM).then_some(number)),
     }
 }
 
@@ -287,11 +336,14 @@ mod tests {
     }
 
     #[test]
-    fn there_is_room_beside_the_guest_and_no_limit_where_the_disk_is_memory() {
-        let boot = crate::vmm::config::BootConfig::kernel("k", None, "");
-        let config = VmConfig::new("web", "mark", 1 << 30, boot);
-        assert_eq!(memory_max(&config, false), Some((1 << 30) + (128 << 20) + (128 << 20)));
-        assert_eq!(memory_max(&config, true), None);
+    fn limits_are_read_in_both_versions_spellings() {
+        assert_eq!(limit_of("1048576"), Some(Some(1 << 20)));
+        assert_eq!([limit_of("max"), limit_of("9223372036854771712")], [Some(None); 2]);
+        assert_eq!([limit_of(""), limit_of("-1")], [None; 2]);
+    }
+
+    #[test]
+    fn files_in_memory_are_told_from_others() {
         let memory: OwnedFd =
             File::from(rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap()).into();
         assert!(lies_in_memory(&memory));
