@@ -26,7 +26,7 @@ use vmctl::name::{Kind, Mark, ObjectName};
 use vmctl::vmm::config::{
     BootConfig, Bucket, DiskConfig, DiskFormat, Limits, NicConfig, VmConfig, VsockConfig,
 };
-use vmctl::vmm::protocol::{ConditionKind, Phase, Verb};
+use vmctl::vmm::protocol::{ConditionKind, ExitReason, Phase, Verb};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_vmctl-vmm");
 
@@ -750,19 +750,16 @@ fn a_process_that_breaks_a_rule_dies_and_is_started_again() {
     ground.define(&definition).unwrap();
     ground.start(&definition).unwrap();
     let pid = ground.process("caught").pid;
-    let outcome = inject::Thread::stop(pid, pid).call(libc::SYS_socket, [2, 1, 0, 0, 0, 0]);
-    let expected = if std::env::var_os("VMCTL_SECCOMP").is_some_and(|mode| mode == "trap") {
-        inject::Outcome::Trapped(libc::SYS_socket)
-    } else {
-        inject::Outcome::Killed(libc::SIGSYS)
-    };
-    assert_eq!(outcome, expected);
-    if expected == inject::Outcome::Trapped(libc::SYS_socket) {
-        // The tracer kept the signal from it.
-        return;
-    }
+    let mut thread = inject::Thread::stop(pid, pid);
+    let outcome = thread.call(libc::SYS_socket, [2, 1, 0, 0, 0, 0]);
+    assert_eq!(outcome, inject::Outcome::Trapped(libc::SYS_socket));
+    // The tracer kept the signal from it.
+    thread.deliver();
     let seen = ground.vm("caught");
-    assert_eq!((seen.process, seen.exit), (None, None), "neither running nor ended by itself");
+    assert_eq!(seen.process, None);
+    let exit = seen.exit.expect("it says of what it died");
+    assert!(exit.message.starts_with("seccomp (SIGSYS): the thread "), "{exit:?}");
+    assert_eq!(exit.reason, ExitReason::Internal, "a failure, after which a VM is started again");
     ground.start(&definition).unwrap();
     assert_ne!(ground.process("caught").pid, pid);
 }

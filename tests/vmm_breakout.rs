@@ -15,7 +15,7 @@ use inject::{Outcome, Thread};
 use support::{RunningVm, Vm, guest, memfd};
 use vmctl::vmm::client::ControlError;
 use vmctl::vmm::config::{BalloonConfig, DiskConfig, DiskFormat};
-use vmctl::vmm::protocol::Verb;
+use vmctl::vmm::protocol::{ExitReason, Verb};
 
 /// A program that runs the VM program with this mode of seccomp: the mode is the process's environment,
 /// and a test must not change its own.
@@ -269,7 +269,7 @@ fn behind_the_filters_there_is_nothing_to_reach() {
 #[test]
 fn whoever_tries_ends_the_process() {
     assert!(is_root(), "only root may take over a thread of a VM process");
-    // What a user gets, whatever mode the tests run in.
+    // Without last words, if somebody wants that.
     let program = program("kill");
     let mut neighbour = Neighbour::new();
     let names: Vec<String> = threads(&start(&program)).into_iter().map(|(name, _)| name).collect();
@@ -288,6 +288,31 @@ fn whoever_tries_ends_the_process() {
         assert!(matches!(control, Err(ControlError::Absent { .. })), "{name}");
     }
     assert!(neighbour.is_well());
+}
+
+#[test]
+fn the_last_words_name_the_thread_and_the_call() {
+    assert!(is_root(), "only root may take over a thread of a VM process");
+    // What a user gets, whatever mode the tests run in.
+    let program = program("default");
+    let names: Vec<String> = threads(&start(&program)).into_iter().map(|(name, _)| name).collect();
+    for name in &names {
+        let vm = start(&program);
+        let (_, tid) = *threads(&vm).iter().find(|(other, _)| other == name).unwrap();
+        let mut thread = Thread::stop(vm.pid, tid);
+        let outcome = thread.call(libc::SYS_execve, [1, 2, 3, 4, 5, 6]);
+        assert_eq!(outcome, Outcome::Trapped(libc::SYS_execve), "{name}");
+        thread.deliver();
+        reap(&vm);
+        let record = vm.wait_for(Duration::from_secs(10)).expect("it says how it ended");
+        assert_eq!(record.reason, ExitReason::Internal);
+        let words = format!(
+            "seccomp (SIGSYS): the thread {name} may not make system call {} (architecture 0xc000003e) with \
+             0x1 0x2 0x3 0x4 0x5 0x6",
+            libc::SYS_execve
+        );
+        assert_eq!(record.message, words);
+    }
 }
 
 /// A traced leader's end is its tracer's to take note of.

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 pub enum Outcome {
     /// The kernel's answer: a result, or an error number below zero.
     Returned(i64),
-    /// Seccomp raised SIGSYS for this call (mode `trap`). The signal was kept from the process.
+    /// Seccomp raised SIGSYS for this call. The signal was kept from the process.
     Trapped(i64),
     /// The process is dead, of this signal.
     Killed(i32),
@@ -89,6 +89,17 @@ impl Thread {
                 // A stop that was on its way before the step, or a vCPU's kick: neither is for us.
                 _ => set_registers(self.tid, &wanted),
             }
+        }
+    }
+}
+
+impl Thread {
+    /// After a call that was trapped: the process gets the signal that was kept from it, and ends of it.
+    pub fn deliver(mut self) {
+        ptrace(libc::PTRACE_CONT, self.tid, 0, libc::SIGSYS as usize).unwrap();
+        self.alive = false;
+        while libc::WIFSTOPPED(wait(self.tid)) {
+            ptrace(libc::PTRACE_CONT, self.tid, 0, 0).unwrap();
         }
     }
 }

@@ -1,5 +1,6 @@
-//! Which system calls each thread may make. A thread that makes another one ends the process at once
-//! (which shows as a VM without an exit record), for then it is no longer ours.
+//! Which system calls each thread may make. A thread that makes another one ends the process at once, for
+//! then it is no longer ours. The call is not made; the process's last words name SIGSYS, the thread, the
+//! call and its arguments (see [`report`]).
 //!
 //! ```text
 //!   main ── building ──┬─ vCPU threads:    building + vCPU
@@ -12,9 +13,12 @@
 //! their own, and has what makes a machine; but from it on no thread opens a file by path, runs a program
 //! or makes a process. Hostile images are read under it.
 //!
-//! The lists hold what release and debug builds on glibc need. `VMCTL_SECCOMP=log` in the launcher's
-//! environment lets the kernel log violations and go on instead; `trap` ends the process with a record of
-//! the thread, the call and its arguments (see [`report`]).
+//! So the filters trap rather than kill: of a process that the kernel kills nobody hears why, for it is
+//! nobody's child. What traps is as dead. A thread can't have another handler of SIGSYS once its own filter
+//! is in place, and where it blocks the signal or takes the handler's stack away the kernel kills it.
+//!
+//! The lists hold what release and debug builds on glibc need. `VMCTL_SECCOMP=kill` in the launcher's
+//! environment has the kernel kill without last words, `log` lets it log violations and go on.
 
 mod arguments;
 mod calls;
@@ -42,8 +46,8 @@ impl Mode {
     pub fn from_environment() -> Self {
         match std::env::var("VMCTL_SECCOMP").as_deref() {
             Ok("log") => Self::Log,
-            Ok("trap") => Self::Trap,
-            _ => Self::Kill,
+            Ok("kill") => Self::Kill,
+            _ => Self::Trap,
         }
     }
 

@@ -1,4 +1,4 @@
-//! In the mode `trap`: the last words of a process whose thread made a call that isn't listed. They go to
+//! The last words of a process whose thread made a call that isn't listed. They go to
 //! the exit record, or, before there is one, to the launcher.
 //!
 //! All of it runs in a signal handler, in whatever state the thread was: no allocation, no lock, and only
@@ -80,7 +80,7 @@ impl Text {
         };
         // Writing to it can't fail.
         let _ = text.write_str(before);
-        let _ = text.write_str("seccomp: the thread ");
+        let _ = text.write_str("seccomp (SIGSYS): the thread ");
         for &byte in name.iter().take_while(|&&byte| byte != 0) {
             let plain = byte.is_ascii_alphanumeric() || b"-_.:/".contains(&byte);
             let _ = text.write_char(if plain { byte.into() } else { '?' });
@@ -119,7 +119,9 @@ mod tests {
         };
         let record: ExitRecord = serde_json::from_slice(&words(true)).unwrap();
         assert_eq!(record.reason, ExitReason::Internal);
-        assert!(record.message.starts_with("seccomp: the thread vcpu?0 may not make system call 41 "));
+        assert!(
+            record.message.starts_with("seccomp (SIGSYS): the thread vcpu?0 may not make system call 41 ")
+        );
         assert!(record.message.ends_with(" 0xffffffffffffffff"), "{}", record.message);
         let reply: LaunchReply = serde_json::from_slice(&words(false)).unwrap();
         assert!(matches!(reply, LaunchReply::Failed { error } if error == record.message));
