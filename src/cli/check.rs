@@ -91,7 +91,7 @@ fn checks(session: &Session) -> Vec<Check> {
         let name = capability.name().to_owned();
         checks.push(match snapshot.lacks.get(&capability) {
             None => Check { name, ok: true, detail: None, remedy: None },
-            Some(how) => Check::bad(name, how, capability.remedy()),
+            Some(how) => Check::bad(name, how, capability.remedy_for(how)),
         });
     }
     if let Ok(host) = &snapshot.host {

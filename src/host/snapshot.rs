@@ -39,6 +39,9 @@ pub struct Snapshot {
     pub lacks: BTreeMap<Capability, String>,
 }
 
+/// Begins the words of how it showed that a host lacks something for this user alone.
+pub const ONLY_ROOT: &str = "this user may not";
+
 /// An ability that not every host has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Capability {
@@ -67,7 +70,20 @@ impl Capability {
         }
     }
 
-    /// What a person can do about its absence.
+    /// What a person can do about its absence, which showed like this.
+    pub fn remedy_for(self, how_it_showed: &str) -> &'static str {
+        match self {
+            Self::Kvm if how_it_showed.starts_with(ONLY_ROOT) => {
+                "run vmctl as root, or have the user added to the group that may open /dev/kvm (Debian: kvm)"
+            }
+            _ if how_it_showed.starts_with(ONLY_ROOT) => {
+                "run vmctl as root; another user's VMs have no NICs of the host"
+            }
+            _ => self.remedy(),
+        }
+    }
+
+    /// The same where it may be there, and nobody could say.
     pub fn remedy(self) -> &'static str {
         match self {
             Self::Kvm => {

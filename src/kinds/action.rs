@@ -85,7 +85,7 @@ impl Blocker {
 
     pub fn lacks(capability: Capability, how_it_showed: &str) -> Self {
         Self::new(format!("this host lacks {} ({how_it_showed})", capability.name()))
-            .hint(capability.remedy())
+            .hint(capability.remedy_for(how_it_showed))
     }
 }
 

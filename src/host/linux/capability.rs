@@ -14,7 +14,7 @@ use rustix::thread::UnshareFlags;
 use super::netlink::{Answer, Group, Netlink, Refusal};
 use super::{link_messages, link_steps, network, tap};
 use crate::host::error::StepError;
-use crate::host::snapshot::{BridgeFacts, Capability, Link, LinkKind};
+use crate::host::snapshot::{BridgeFacts, Capability, Link, LinkKind, ONLY_ROOT};
 use crate::host::step::{NewLink, NewLinkKind, Step};
 use crate::name::{Kind, LinkName, Mark, ObjectId, ObjectName, SetName};
 
@@ -56,7 +56,7 @@ pub fn lacks(capability: Capability) -> Option<String> {
     }
     let answer = match capability {
         Capability::Kvm => kvm(),
-        Capability::Tun => tap::probe().err().map(|error| format!("/dev/net/tun: {error}")),
+        Capability::Tun => tap::probe().err().map(|error| told("open /dev/net/tun", &error)),
         Capability::Nftables => network::nft::lacks(),
         Capability::Dnsmasq => network::service::lacks(),
         Capability::Bridge => kind("bridge", InfoKind::Bridge, InfoData::Bridge(Vec::new())),
@@ -75,11 +75,17 @@ pub fn lacks(capability: Capability) -> Option<String> {
     answer
 }
 
+/// What failed; and whether only for this user, whom another remedy helps then.
+fn told(what: &str, error: &std::io::Error) -> String {
+    let refused = error.kind() == std::io::ErrorKind::PermissionDenied;
+    if refused { format!("{ONLY_ROOT} {what}: {error}") } else { format!("{what}: {error}") }
+}
+
 fn kvm() -> Option<String> {
     match Kvm::new().map(|kvm| kvm.get_api_version()) {
         Ok(KVM_API_VERSION) => None,
         Ok(other) => Some(format!("/dev/kvm speaks version {other} of the interface, not {KVM_API_VERSION}")),
-        Err(error) => Some(format!("open /dev/kvm: {}", std::io::Error::from_raw_os_error(error.errno()))),
+        Err(error) => Some(told("open /dev/kvm", &std::io::Error::from_raw_os_error(error.errno()))),
     }
 }
 
@@ -110,6 +116,9 @@ fn kind(name: &str, kind: InfoKind, data: InfoData) -> Option<String> {
         Ok(Some(Err(Refusal { errno: libc::EOPNOTSUPP, .. }))) => {
             Some(format!("the kernel knows no links of the kind `{name}`"))
         }
+        Ok(Some(Err(refusal @ Refusal { errno: libc::EPERM | libc::EACCES, .. }))) => {
+            Some(format!("{ONLY_ROOT} make links of the kind `{name}`: {refusal}"))
+        }
         Ok(Some(Err(refusal))) => Some(format!("the kernel doesn't let us try: {refusal}")),
         Ok(Some(Ok(_)) | None) => Some("the kernel's answer makes no sense".to_owned()),
         Err(error) => Some(format!("ask the kernel: {error}")),
@@ -121,7 +130,7 @@ fn filtering() -> Option<String> {
     // SAFETY: only this thread's network namespace changes, and the thread ends with this probe; no
     // file system state or file descriptor table is unshared.
     if let Err(error) = unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) } {
-        return Some(format!("make a network namespace to try it in: {}", std::io::Error::from(error)));
+        return Some(told("make a network namespace to try it in", &error.into()));
     }
     let tried =
         filtering_bridge().and_then(|step| link_steps::run(&[&step]).into_iter().collect::<Result<(), _>>());
