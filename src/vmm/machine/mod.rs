@@ -199,7 +199,7 @@ impl Built {
         vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(kvm("place KVM's identity map"))?;
         vm.set_tss_address(layout::KVM_TSS).map_err(kvm("place KVM's task state segment"))?;
         vm.create_irq_chip().map_err(kvm("create the interrupt controllers"))?;
-        let interrupt_chips = save_interrupt_chips(&vm)?;
+        let interrupt_chips = mask_interrupt_chips(&vm)?;
 
         let buses = Buses { pio: Arc::new(Bus::new()), mmio: Arc::new(Bus::new()) };
         let (serial, serial_signals) = make_serial(&vm, &buses.pio)?;
@@ -512,12 +512,21 @@ fn register_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), MachineError> 
     Ok(())
 }
 
-fn save_interrupt_chips(vm: &VmFd) -> Result<Vec<kvm_irqchip>, MachineError> {
+/// The state of the interrupt controllers at the start and at each reset.
+///
+/// ACPI tells the guest that there are no 8259s, so it doesn't set them up; but KVM's have all inputs open
+/// and their vectors from 0 on. An interrupt before the guest has its IO-APIC (a device is plugged in while it
+/// boots, a key is typed) would then come as the exception of that number. So they start masked.
+fn mask_interrupt_chips(vm: &VmFd) -> Result<Vec<kvm_irqchip>, MachineError> {
     [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC]
         .into_iter()
         .map(|chip_id| {
             let mut chip = kvm_irqchip { chip_id, ..Default::default() };
             vm.get_irqchip(&mut chip).map_err(kvm("read the interrupt controllers"))?;
+            if chip_id != KVM_IRQCHIP_IOAPIC {
+                chip.chip.pic.imr = 0xff;
+                vm.set_irqchip(&chip).map_err(kvm("mask the 8259s"))?;
+            }
             Ok(chip)
         })
         .collect()
