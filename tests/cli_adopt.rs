@@ -30,9 +30,10 @@ fn bridges_are_written_as_they_are_and_adopted() {
     assert_eq!(links(), before, "nothing was changed");
     assert!(!ground.path("state").exists());
     adopted
-        .complains("2 objects: 2 as the host has them, 0 that differ; 0 left out")
+        .complains("2 objects: 2 as the host has it, 0 that differ; 0 left out")
         .complains("port tap7 is a tap");
     let text = fs::read_to_string(ground.path("manifests/bridge.yaml")).unwrap();
+    assert!(!text.contains("differs"), "{text}");
     for line in [
         "name: br0",
         "name: br-lan",
@@ -67,7 +68,7 @@ fn what_differs_is_told_field_by_field() {
     adopted
         .complains("Bridge/br0: differs: up is false, `apply` makes it true (live)")
         .complains("Bridge/br0: blocked: br0 exists, is not vmctl's")
-        .complains("1 objects: 0 as the host has them, 1 that differ")
+        .complains("1 object: 0 as the host has it, 1 that differ")
         .says("# differs: up is false");
 }
 
@@ -88,7 +89,7 @@ fn a_directory_of_images_becomes_a_pool() {
     let adopted = ground.expect(0, &format!("adopt --pool {} -o manifests", images.display()));
     assert_eq!(fingerprint(&images), before, "nothing was changed");
     adopted
-        .complains("4 objects: 4 as the host has them, 0 that differ; 2 left out")
+        .complains("4 objects: 4 as the host has it, 0 that differ; 2 left out")
         .complains("disk.img: the file of a qcow2 volume is named NAME.qcow2: rename it")
         .complains("notes.txt: the file of a raw volume is named NAME.raw")
         .complains("Volume/over: it is an overlay on");

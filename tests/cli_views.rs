@@ -286,3 +286,54 @@ fn graphs_hold_every_object_once_with_what_it_hangs_on() {
     check(&ground, "-f a.yaml -f vlans.yaml", &nodes, &edges);
     ground.expect(2, "graph -f nothing.yaml").complains("nothing.yaml");
 }
+
+/// Nothing of the machine's own is changed: such a policy sets nothing.
+#[test]
+fn a_policy_is_shown_and_obeyed() {
+    let ground = running();
+    ground.expect(0, "get host").complains("none").says("1 vCPU on ").says("32Mi promised of ");
+    let policy = |cpus: &str| {
+        ground.write(
+            "policy.yaml",
+            &format!(
+                "{{apiVersion: vmctl.dev/v1alpha1, kind: HostPolicy, metadata: {{name: host}}, \
+                 spec: {{cpuOvercommit: {cpus}, memoryOvercommit: 2, reservedMemory: 64Mi}}}}\n"
+            ),
+        );
+    };
+    policy("1000");
+    ground.expect(0, "apply -f policy.yaml").says("HostPolicy/host created");
+    ground.expect(0, "diff -f policy.yaml").says("No differences");
+    let host = ground.json(0, "get host/host -o json")["status"].take();
+    assert_eq!((host["promisedVcpus"].as_u64(), host["promisedBytes"].as_u64()), (Some(1), Some(32 << 20)));
+    assert_eq!(
+        (host["cpuOvercommitMax"].as_str(), host["memoryOvercommitMax"].as_str()),
+        (Some("1000"), Some("2"))
+    );
+    assert_eq!(host["runningVms"], 1);
+    let (memory, usable) = (host["memoryBytes"].as_u64().unwrap(), host["usableBytes"].as_u64().unwrap());
+    assert!(usable <= memory - (64 << 20), "{usable} of {memory}");
+    ground.expect(0, "get host -o wide").says("CPU-RATIO").says("/1000").says("64Mi");
+    ground.expect(0, "describe host").says("at most 1000").says("Reserved:       64Mi");
+    ground.vmctl("check").says("1 vCPU on ").says("32Mi promised of ");
+
+    // None has room for another, and the one that runs goes on.
+    policy("0.1");
+    ground.expect(0, "apply -f policy.yaml");
+    let more = MANIFESTS.replace("runStrategy: Halted", "cpus: 16");
+    ground.write("more.yaml", &more);
+    ground
+        .expect(3, "apply -f more.yaml")
+        .says("VirtualMachine/db")
+        .says("its 16 vCPUs don't fit: 1 of ")
+        .says("are taken by web (cpuOvercommit 0.1)");
+    ground.expect(0, "list").says("web    running");
+    // Nor does one that is started by its name.
+    ground.expect(0, "apply -f a.yaml");
+    ground.write("manual.yaml", &MANIFESTS.replace("Halted", "Manual"));
+    ground.expect(0, "apply -f manual.yaml");
+    ground.expect(3, "start db").says("its 1 vCPU doesn't fit: 1 of ");
+    ground.expect(0, "delete host/host").says("HostPolicy/host deleted");
+    ground.expect(0, "start db").says("VirtualMachine/db");
+    ground.expect(0, "list").says("db     running");
+}

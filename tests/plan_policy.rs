@@ -223,9 +223,9 @@ fn settings_are_made_healed_and_given_back() {
         &host,
         expect![[r#"
             + HostPolicy/host  64 huge pages of 2Mi, KSM on
-                  hugepages.2Mi    3 → 64     live
                   ksm.pagesToScan  100 → 500  live
                   ksm.run          0 → 1      live
+                  hugepages.2Mi    3 → 64     live
             Plan: 1 to create. Downtime: none.
         "#]],
     );
@@ -242,8 +242,8 @@ fn settings_are_made_healed_and_given_back() {
         &host,
         expect![[r#"
             ~ HostPolicy/host  64 huge pages of 2Mi, KSM on
-                  hugepages.2Mi  8 → 64  live
                   ksm.run        0 → 1   live
+                  hugepages.2Mi  8 → 64  live
             Plan: 1 to update live. Downtime: none.
         "#]],
     );

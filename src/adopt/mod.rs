@@ -112,7 +112,9 @@ impl Adoption {
             let Some(found) = self.objects.iter_mut().find(|found| found.id == action.object) else {
                 continue;
             };
-            for change in &action.changes {
+            // A mark is what adoption is; it differs from nothing that somebody has set.
+            let marks = |field: &str| action.verb == Verb::Adopt && field.ends_with(".mark");
+            for change in action.changes.iter().filter(|change| !marks(&change.field)) {
                 let shown = |value: &Option<String>| value.clone().unwrap_or_else(|| "none".to_owned());
                 found.notes.push(format!(
                     "differs: {} is {}, `apply` makes it {} ({})",

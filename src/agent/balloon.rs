@@ -38,6 +38,24 @@ fn pressed(declared: &Declared) -> BTreeMap<&ObjectName, (&VirtualMachine, u64)>
     vms.collect()
 }
 
+impl super::Agent<'_> {
+    /// Where a policy says so, and it is time. Gives when it is time again.
+    pub(super) fn move_balloons(&mut self, now: Instant) -> Option<Instant> {
+        let (declaration, _) = self.declared.as_ref()?;
+        let declared = &declaration.desired.declared;
+        if self.balloons.due(declared)? <= now {
+            match self.balloons.run(self.host, declared) {
+                Ok(said) => {
+                    self.log.forget("balloons");
+                    said.iter().for_each(|line| self.log.say(line));
+                }
+                Err(why) => self.log.state("balloons", &format!("balloons stay as they are: {why}")),
+            }
+        }
+        self.balloons.due(declared)
+    }
+}
+
 impl Balloons {
     /// When to look next. `None`: there is nothing to move.
     pub fn due(&self, declared: &Declared) -> Option<Instant> {

@@ -43,7 +43,7 @@ use balloon::Balloons;
 use log::Log;
 use services::Services;
 use source::{Reading, Source};
-use vms::{Heard, Vms};
+use vms::Vms;
 use watch::Watch;
 
 /// A burst of events is over when nothing came for so long.
@@ -395,31 +395,6 @@ impl Agent<'_> {
         self.hear(heard);
     }
 
-    /// Takes in what VMs have told. True: the host is to be looked at.
-    fn hear(&mut self, heard: Vec<(ObjectName, Heard)>) -> bool {
-        let mut due = false;
-        for (name, news) in heard {
-            let id = ObjectId::new(Kind::VirtualMachine, name);
-            match news {
-                Heard::Ended => due = true,
-                Heard::Condition(condition) => {
-                    self.log.say(&format!("! {id}: {:?}: {}", condition.kind, condition.message));
-                }
-                Heard::Over { kind, device } => {
-                    let device = device.map(|device| format!(" of {device}")).unwrap_or_default();
-                    self.log.say(&format!("{id}: {kind:?}{device} is over"));
-                }
-                Heard::Unplugged { device } => {
-                    self.log.say(&format!("{id}: the guest has let go of {device}"));
-                    // What waited for it need not wait for the next try.
-                    self.backoff.succeeded(&id);
-                    due = true;
-                }
-            }
-        }
-        due
-    }
-
     fn note_event(&mut self, now: Instant) {
         let began = self.due.burst.map_or(now, |(began, _)| began);
         self.due.burst = Some((began, now));
@@ -484,22 +459,6 @@ impl Agent<'_> {
             }
         }
         Ok(())
-    }
-
-    /// Where a policy says so, and it is time. Gives when it is time again.
-    fn move_balloons(&mut self, now: Instant) -> Option<Instant> {
-        let (declaration, _) = self.declared.as_ref()?;
-        let declared = &declaration.desired.declared;
-        if self.balloons.due(declared)? <= now {
-            match self.balloons.run(self.host, declared) {
-                Ok(said) => {
-                    self.log.forget("balloons");
-                    said.iter().for_each(|line| self.log.say(line));
-                }
-                Err(why) => self.log.state("balloons", &format!("balloons stay as they are: {why}")),
-            }
-        }
-        self.balloons.due(declared)
     }
 
     fn poll(&self, timeout: Duration) -> std::io::Result<()> {

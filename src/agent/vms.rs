@@ -7,7 +7,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::host::linux::LinuxHost;
-use crate::name::ObjectName;
+use crate::name::{Kind, ObjectId, ObjectName};
 use crate::vmm::client::Watch;
 use crate::vmm::protocol::{Condition, ConditionKind, Event};
 
@@ -88,6 +88,33 @@ impl Vms {
                 watched.events.as_ref().map(|events| PollFd::from_borrowed_fd(events.as_fd(), PollFlags::IN));
             std::iter::once(PollFd::new(&watched.process, PollFlags::IN)).chain(events)
         })
+    }
+}
+
+impl super::Agent<'_> {
+    /// Takes in what VMs have told. True: the host is to be looked at.
+    pub(super) fn hear(&mut self, heard: Vec<(ObjectName, Heard)>) -> bool {
+        let mut due = false;
+        for (name, news) in heard {
+            let id = ObjectId::new(Kind::VirtualMachine, name);
+            match news {
+                Heard::Ended => due = true,
+                Heard::Condition(condition) => {
+                    self.log.say(&format!("! {id}: {:?}: {}", condition.kind, condition.message));
+                }
+                Heard::Over { kind, device } => {
+                    let device = device.map(|device| format!(" of {device}")).unwrap_or_default();
+                    self.log.say(&format!("{id}: {kind:?}{device} is over"));
+                }
+                Heard::Unplugged { device } => {
+                    self.log.say(&format!("{id}: the guest has let go of {device}"));
+                    // What waited for it need not wait for the next try.
+                    self.backoff.succeeded(&id);
+                    due = true;
+                }
+            }
+        }
+        due
     }
 }
 

@@ -81,8 +81,9 @@ impl Command {
             |wanted: fn(Verb) -> bool| plan.actions.iter().filter(|action| wanted(action.verb)).count();
         let same = count(|verb| matches!(verb, Verb::NoOp | Verb::Adopt));
         session.out.note(&format!(
-            "{} objects: {same} as the host has them, {} that differ; {} left out",
+            "{} object{}: {same} as the host has it, {} that differ; {} left out",
             adoption.objects.len(),
+            if adoption.objects.len() == 1 { "" } else { "s" },
             adoption.objects.len() - same,
             adoption.left_out.len()
         ));

@@ -145,8 +145,12 @@ impl<'a> Room<'a> {
         {
             let factor = self.rules.cpu_overcommit_thousandths.map(ratio).unwrap_or_default();
             let because = format!(
-                "its {} vCPUs don't fit: {} of {limit} are taken{} (cpuOvercommit {factor})",
-                wanted.vcpus,
+                "its {} fit: {} of {limit} are taken{} (cpuOvercommit {factor})",
+                if wanted.vcpus == 1 {
+                    "1 vCPU doesn't".to_owned()
+                } else {
+                    format!("{} vCPUs don't", wanted.vcpus)
+                },
                 others.vcpus,
                 self.by_whom(|amount| amount.vcpus)
             );

@@ -86,10 +86,12 @@ pub fn status(host: &HostFacts, snapshot: &Snapshot) -> HostStatus {
 }
 
 impl HostStatus {
-    /// `3 of 2 (1.50, at most 4)`
+    /// `3 vCPUs on 2 CPUs (1.50, at most 4)`
     pub fn cpu_text(&self) -> String {
         let most = at_most(&self.cpu_overcommit_max);
-        format!("{} vCPUs on {} CPUs ({}{most})", self.promised_vcpus, self.cpus, self.cpu_overcommit)
+        let plural = |count: u64, what: &str| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
+        let (vcpus, cpus) = (plural(self.promised_vcpus, "vCPU"), plural(self.cpus.into(), "CPU"));
+        format!("{vcpus} on {cpus} ({}{most})", self.cpu_overcommit)
     }
 
     pub fn memory_text(&self) -> String {

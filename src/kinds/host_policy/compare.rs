@@ -29,8 +29,10 @@ pub fn compare(id: &ObjectId, want: &HostPolicy, context: &Context) -> Action {
             compare_rules(&mut action, want, have, &mark);
         }
     }
-    settings(&mut action, want, host, &mark);
+    ksm(&mut action, &want.rules, host, &mark);
     restore(&mut action, Some(&want.rules), host, &mark);
+    // Last, for the kernel may not find so many, and then nothing else waits for it.
+    hugepages(&mut action, &want.rules, host, &mark);
     action.finish()
 }
 
@@ -78,9 +80,7 @@ fn compare_rules(action: &mut Action, want: &HostPolicy, have: &RecordedPolicy, 
     record(action, want, mark);
 }
 
-/// What the host has and should have, of the settings that are declared.
-fn settings(action: &mut Action, want: &HostPolicy, host: &HostFacts, mark: &Mark) {
-    let rules = &want.rules;
+fn hugepages(action: &mut Action, rules: &PolicyRules, host: &HostFacts, mark: &Mark) {
     for (size, count) in &rules.hugepages {
         let shown = ByteSize(*size);
         let Some(have) = host.hugepages.get(size) else {
@@ -98,6 +98,9 @@ fn settings(action: &mut Action, want: &HostPolicy, host: &HostFacts, mark: &Mar
         }
         set(action, mark, HostSetting::HugePages { page_bytes: *size }, have.total, target);
     }
+}
+
+fn ksm(action: &mut Action, rules: &PolicyRules, host: &HostFacts, mark: &Mark) {
     let Some(ksm) = rules.ksm else { return };
     let Some(have) = host.ksm else {
         action.block(
