@@ -196,7 +196,10 @@ impl Bench {
                 rustix::fs::XattrFlags::empty(),
             )?;
         }
-        let scope = Scope { pools: vec![(name, pool)], ..Scope::default() };
+        let scope = Scope {
+            pools: vec![(name, vmctl::host::snapshot::PoolPlace::Directory(pool))],
+            ..Scope::default()
+        };
         for round in 0..4 {
             if round == 3 {
                 // Best effort: needs root.

@@ -154,6 +154,28 @@ text_name!(
     check_link_name
 );
 
+text_name!(
+    /// The name of a volume group or a logical volume, as LVM takes them.
+    LvmName,
+    check_lvm_name
+);
+
+fn check_lvm_name(text: &str) -> Result<(), NameError> {
+    if text.is_empty() || text == "." || text == ".." || text.starts_with('-') {
+        return error(format!("`{text}` can't be the name of a volume group or a logical volume"));
+    }
+    if text.len() > 63 {
+        return error(format!(
+            "`{text}` has {} bytes; the name of a volume group has at most 63",
+            text.len()
+        ));
+    }
+    if !text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+_.-".contains(&byte)) {
+        return error(format!("`{text}`: LVM's names hold letters, digits, `+`, `_`, `.` and `-`"));
+    }
+    Ok(())
+}
+
 fn check_label(text: &str) -> Result<(), NameError> {
     let alnum = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
     let bytes = text.as_bytes();

@@ -14,8 +14,8 @@ use vmctl::host::limits::ProcessLimits;
 use vmctl::host::linux::LinuxHost;
 use vmctl::host::sim::SimHost;
 use vmctl::host::snapshot::{
-    BaseChain, Chain, CpuShare, HostSetting, IpFamily, KsmRules, LinkKind, PolicyRules, PortFacts, Rule,
-    RunStrategy, Table, TableId, VmDefinition,
+    BaseChain, Chain, CpuShare, HostSetting, IpFamily, KsmRules, LinkKind, PolicyRules, PoolPlace, PortFacts,
+    Rule, RunStrategy, Table, TableId, VmDefinition,
 };
 use vmctl::host::step::{LinkChange, NewVolume, NewVolumeContent, Step, StopHow};
 use vmctl::host::{Host, Scope};
@@ -36,7 +36,10 @@ impl Pair {
         let _ = std::fs::remove_dir_all(&root);
         std::fs::create_dir_all(&root).unwrap();
         let pool = root.join("pool");
-        let scope = Scope { pools: vec![(object("default"), pool.clone())], ..Scope::default() };
+        let scope = Scope {
+            pools: vec![(object("default"), PoolPlace::Directory(pool.clone()))],
+            ..Scope::default()
+        };
         let linux = LinuxHost::new(root.join("state"), root.join("run"), "/nonexistent/vmctl-vmm")
             .with_host_files(host_files(&root));
         Self { linux, sim: SimHost::new(), scope, pool, root }

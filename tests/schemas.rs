@@ -198,7 +198,8 @@ fn explain_prints_fields_as_kubectl_does() {
             each write is on the disk before the guest hears of it. `unsafe`: flushes
             are ignored, for data that a crash of the host may take.
             One of: writeback, direct, writethrough, unsafe.
-            Default: writeback.
+            Default: writeback; on a volume of a thin pool direct, so that a full pool
+            holds the guest up and loses nothing.
 
           limits	<object>
             The most that it may do; changes live.
@@ -224,7 +225,8 @@ fn explain_prints_fields_as_kubectl_does() {
         FIELD:    format <string>
 
         DESCRIPTION:
-            The disk image's format.
+            The disk image's format. A logical volume (pools `lvm` and `lvmThin`) is
+            always raw.
             One of: raw, qcow2.
             Default: qcow2."#]]
     .assert_eq(&explain("Volume.spec.format").unwrap().to_string());

@@ -373,7 +373,7 @@ impl Agent<'_> {
             .iter()
             .flat_map(|(declaration, _)| declaration.desired.declared.objects.values())
             .filter_map(|spec| match spec {
-                Spec::StoragePool(pool) => Some(pool.path.clone()),
+                Spec::StoragePool(pool) => Some(pool.place.path()),
                 _ => None,
             })
             .collect();

@@ -13,6 +13,7 @@ use super::error::{CliError, Result};
 use super::exit::Exit;
 use super::session::Session;
 use crate::adopt::{self, Adoption, Found, libvirt};
+use crate::host::snapshot::PoolPlace;
 use crate::host::{Host, Scope};
 use crate::kinds::action::Verb;
 use crate::name::{Kind, ObjectName};
@@ -60,6 +61,7 @@ impl Command {
         let pools = self.pools(libvirt::pool_directories(&files, &mut early), &early)?;
         let names: Vec<ObjectName> = pools.iter().map(|(name, _)| name.clone()).collect();
         let host = session.host();
+        let pools = pools.into_iter().map(|(name, path)| (name, PoolPlace::Directory(path))).collect();
         let snapshot = host.snapshot(&Scope { pools, ..Scope::default() });
         let mut adoption = adopt::host(&snapshot, &names);
         libvirt::find(&files, &snapshot, &mut adoption);

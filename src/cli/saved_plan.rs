@@ -1,6 +1,6 @@
 //! A plan in a file: what a person has read is what runs, or nothing is.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use sha2::Digest;
 
 use super::error::{CliError, Result};
 use crate::host::Scope;
-use crate::host::snapshot::Capability;
+use crate::host::snapshot::{Capability, PoolPlace};
 use crate::name::ObjectName;
 use crate::plan::Plan;
 
@@ -41,7 +41,9 @@ pub struct SavedPlan {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct SavedScope {
-    pools: Vec<(ObjectName, PathBuf)>,
+    pools: Vec<(ObjectName, PoolPlace)>,
+    #[serde(default)]
+    devices: BTreeMap<ObjectName, Vec<PathBuf>>,
     capabilities: BTreeSet<Capability>,
     files: BTreeSet<PathBuf>,
     tables: bool,
@@ -49,14 +51,15 @@ struct SavedScope {
 
 impl SavedPlan {
     pub fn new(scope: Scope, plan: Plan) -> Self {
-        let Scope { pools, capabilities, files, tables } = scope;
-        Self { scope: SavedScope { pools, capabilities, files, tables }, plan }
+        let Scope { pools, devices, capabilities, files, tables } = scope;
+        Self { scope: SavedScope { pools, devices, capabilities, files, tables }, plan }
     }
 
     pub fn scope(&self) -> Scope {
-        let SavedScope { pools, capabilities, files, tables } = &self.scope;
+        let SavedScope { pools, devices, capabilities, files, tables } = &self.scope;
         Scope {
             pools: pools.clone(),
+            devices: devices.clone(),
             capabilities: capabilities.clone(),
             files: files.clone(),
             tables: *tables,

@@ -7,12 +7,13 @@ pub mod error;
 mod facts;
 pub mod limits;
 pub mod linux;
+pub mod lvm;
 pub mod nftables;
 pub mod sim;
 pub mod snapshot;
 pub mod step;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 pub use error::StepError;
@@ -26,7 +27,9 @@ use crate::name::ObjectName;
 #[derive(Clone, Debug, Default)]
 pub struct Scope {
     /// Declared pools, by name: they may not be registered yet.
-    pub pools: Vec<(ObjectName, PathBuf)>,
+    pub pools: Vec<(ObjectName, snapshot::PoolPlace)>,
+    /// The block devices that a pool's volume group may be made on. They are looked at while there is none.
+    pub devices: BTreeMap<ObjectName, Vec<PathBuf>>,
     /// Abilities that declared objects need.
     pub capabilities: BTreeSet<snapshot::Capability>,
     /// Files outside of pools that declared objects read (kernels, initrds, image sources).

@@ -11,6 +11,7 @@ pub use super::facts::{
     BalloonRules, HostFacts, HostSetting, HugePages, Ksm, KsmRules, PolicyRules, Previous, RecordedPolicy,
 };
 pub use super::limits::ProcessLimits;
+pub use super::lvm::{DeviceFacts, GroupFacts, LvmPlace, LvmPool, PoolPlace, ThinFacts};
 pub use super::nftables::{BaseChain, Chain, Family, Rule, Table, TableId};
 use crate::name::{IpPrefix, LinkName, MacAddress, Mark, ObjectName, VlanId};
 use crate::vmm::config::{DiskFormat, VmConfig};
@@ -261,14 +262,17 @@ pub struct Lease {
     pub host_name: Option<String>,
 }
 
-/// A directory pool.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pool {
+    /// The pool's directory; of a volume group `/dev/<group>`.
     pub path: PathBuf,
-    /// `None`: the directory is not there.
+    /// `None`: the directory, the volume group or the thin pool is not there.
     pub directory: Option<PoolDirectory>,
     /// The set and object that registered this pool in the state directory.
     pub registered: Option<Mark>,
+    /// What only a pool in a volume group has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lvm: Option<Box<LvmPool>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -276,7 +280,8 @@ pub struct PoolDirectory {
     pub mark: Option<Mark>,
     pub capacity_bytes: u64,
     pub available_bytes: u64,
-    /// Regular files directly in the directory: volumes, and what others put there.
+    /// Regular files directly in the directory, or the pool's logical volumes: volumes, and what others put
+    /// there.
     pub files: BTreeMap<String, PoolFile>,
     /// Cached images: files in `.vmctl/images/`.
     pub images: BTreeMap<String, PoolFile>,
@@ -297,6 +302,12 @@ pub struct PoolFile {
     pub reclaim_delete: bool,
     /// An image's verified digest, as stored when it was imported.
     pub sha256: Option<String>,
+    /// A logical volume whose maker died before it was whole: it is made anew.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub half_made: bool,
+    /// A logical volume without a device: nothing can open it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub inactive: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -404,6 +415,13 @@ pub struct FileFacts {
 }
 
 impl Pool {
+    pub fn place(&self) -> PoolPlace {
+        match &self.lvm {
+            Some(lvm) => PoolPlace::Lvm(lvm.place.clone()),
+            None => PoolPlace::Directory(self.path.clone()),
+        }
+    }
+
     /// Where a volume of this pool lives.
     pub fn volume_file(name: &ObjectName, format: DiskFormat) -> String {
         match format {

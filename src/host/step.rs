@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Lane;
 use super::limits::ProcessLimits;
+pub use super::lvm::{LogicalContent, LvmStep, NewLogicalVolume, NewLvmPool};
 use super::snapshot::{
     BridgeFacts, CpuShare, HostSetting, IpFamily, PolicyRules, PortFacts, ServiceConfig, Table, TableId,
     VlanProtocol, VmDefinition,
@@ -142,6 +143,8 @@ pub enum Step {
         image: ImageFile,
         mark: Mark,
     },
+    /// What is done to volume groups and logical volumes.
+    Lvm(LvmStep),
 
     /// Writes the definition to the state directory.
     DefineVm {
@@ -440,6 +443,7 @@ impl std::fmt::Display for Step {
             Self::TrashVolume { pool_path, file, .. } => {
                 write!(f, "move {} to the pool's trash", pool_path.join(file).display())
             }
+            Self::Lvm(step) => step.fmt(f),
             Self::DefineVm { vm, .. } => write!(f, "define VM {vm}"),
             Self::UndefineVm { vm, .. } => write!(f, "forget VM {vm}"),
             Self::StartVm { vm, .. } => write!(f, "start VM {vm}"),

@@ -114,6 +114,14 @@ impl<'a> Context<'a> {
         Some(((*vm).clone(), mark.clone(), (*disk).to_owned()))
     }
 
+    /// The size that the VM which runs on this file sees.
+    pub fn running_capacity_bytes(&self, path: &Path) -> Option<u64> {
+        let (vm, _, disk) = self.index.running_disks.get(path.to_str()?)?;
+        let process = self.snapshot.vms.as_ref().ok()?.get(*vm)?.process.as_ref()?.as_ref().ok()?;
+        let place = process.config.disks.iter().position(|running| running.name == *disk)?;
+        process.disk_capacity_bytes.get(place).copied()
+    }
+
     /// Whether some volume is an overlay of this file.
     pub fn is_backing_file(&self, path: &PathBuf) -> bool {
         self.index.backing_files.contains(path)

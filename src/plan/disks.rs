@@ -5,6 +5,7 @@ use std::path::Path;
 
 use crate::host::Step;
 use crate::host::snapshot::Snapshot;
+use crate::host::step::LvmStep;
 use crate::kinds::Context;
 use crate::kinds::action::{Action, Blocker};
 use crate::name::{Kind, ObjectId};
@@ -40,10 +41,9 @@ pub fn settle(context: &Context, actions: &mut [Action], removals: &mut [Action]
     // A volume whose data is to go must not be a running guest's disk any more.
     for action in removals {
         let user = action.steps.iter().find_map(|step| match step {
-            Step::TrashVolume { pool_path, file, .. } => {
-                let path = pool_path.join(file);
-                let (vm, ..) = context.running_disk(&path)?;
-                (!freed.contains_key(path.to_str()?)).then(|| ObjectId::new(Kind::VirtualMachine, vm))
+            Step::TrashVolume { pool_path, file, .. } => still_used(context, &freed, &pool_path.join(file)),
+            Step::Lvm(LvmStep::Remove { place, volume, .. }) => {
+                still_used(context, &freed, &place.device(volume.as_str()))
             }
             _ => None,
         });
@@ -51,6 +51,11 @@ pub fn settle(context: &Context, actions: &mut [Action], removals: &mut [Action]
             block(action, &user, &format!("{user} runs on it until its next start"));
         }
     }
+}
+
+fn still_used(context: &Context, freed: &BTreeMap<String, ObjectId>, path: &Path) -> Option<ObjectId> {
+    let (vm, ..) = context.running_disk(path)?;
+    (!freed.contains_key(path.to_str()?)).then(|| ObjectId::new(Kind::VirtualMachine, vm))
 }
 
 fn block(action: &mut Action, user: &ObjectId, because: &str) {

@@ -62,6 +62,13 @@ fn digest(snapshot: &Snapshot, interesting: &BTreeSet<LinkName>) -> String {
         links.values_mut().for_each(settle_link);
     }
     for pool in seen.pools.values_mut().flatten() {
+        if let Some(group) = pool.lvm.as_mut().and_then(|lvm| lvm.group.as_mut()) {
+            group.free_bytes = 0;
+            group.other_names.clear();
+            if let Some(thin) = &mut group.thin {
+                (thin.data_used, thin.metadata_used, thin.failing) = (0, 0, None);
+            }
+        }
         if let Some(directory) = &mut pool.directory {
             directory.available_bytes = 0;
             directory.capacity_bytes = 0;

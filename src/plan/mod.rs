@@ -111,6 +111,11 @@ pub fn plan(desired: &Desired, snapshot: &Snapshot, policy: &Policy) -> Plan {
     if !data_loss.is_empty() {
         refusals.push(Refusal { because: "data would be lost".to_owned(), objects: data_loss });
     }
+    let overwritten: Vec<ObjectId> =
+        actions.iter().filter(|action| takes_devices(action)).map(|action| action.object.clone()).collect();
+    if !overwritten.is_empty() {
+        refusals.push(Refusal { because: "a device would be written over".to_owned(), objects: overwritten });
+    }
     let hash = hash(&actions, &refusals);
     let approved =
         policy.approve.as_deref().is_some_and(|approve| approve.len() >= 8 && hash.starts_with(approve));
@@ -190,7 +195,16 @@ impl Plan {
 
 /// Whether its steps destroy what can't be made again from the manifests.
 fn loses_data(action: &Action) -> bool {
-    action.steps.iter().any(|step| matches!(step, Step::TrashVolume { .. }))
+    action.steps.iter().any(|step| match step {
+        Step::TrashVolume { .. } => true,
+        Step::Lvm(step) => step.loses_data(),
+        _ => false,
+    })
+}
+
+/// Whether its steps make a volume group out of whole devices.
+fn takes_devices(action: &Action) -> bool {
+    action.steps.iter().any(|step| matches!(step, Step::Lvm(step) if step.takes_devices()))
 }
 
 /// Declared actions keep their order; each removal comes as early as what it waits for allows.

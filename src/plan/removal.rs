@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 
 use super::Removal;
 use crate::host::Step;
-use crate::host::snapshot::{LinkKind, Pool, PoolFile, TableId};
-use crate::host::step::{LinkChange, StopHow};
+use crate::host::snapshot::{LinkKind, LvmPlace, Pool, PoolFile, PoolPlace, TableId};
+use crate::host::step::{LinkChange, LvmStep, StopHow};
 use crate::kinds::Context;
 use crate::kinds::action::{Action, Blocker, Impact, Verb};
 use crate::kinds::host_policy;
@@ -53,6 +53,23 @@ pub fn removals(context: &Context, removal: &Removal) -> Vec<Action> {
 fn taken_over(context: &Context) -> BTreeSet<LinkName> {
     let objects = context.declared.objects.iter();
     objects.filter_map(|(id, spec)| crate::kinds::link_of(id, spec, &context.declared.objects)).collect()
+}
+
+/// A logical volume has no trash to go to: it stays, or it goes for good.
+fn remove_logical(action: &mut Action, place: &LvmPlace, id: &ObjectId, mark: &Mark, facts: &PoolFile) {
+    let (place, volume, mark) = (place.clone(), id.name.clone(), mark.clone());
+    if facts.half_made {
+        action.verb(Verb::Delete, "declared no more, and its making was cut short");
+        action.step(Step::Lvm(LvmStep::Remove { place, volume, mark, half_made: true }));
+    } else if facts.reclaim_delete {
+        let path = place.device(volume.as_str()).display().to_string();
+        action.differs("data", Some(path), Some("gone for good".into()), Impact::DataLoss);
+        action.verb(Verb::Delete, "declared no more, and its reclaimPolicy was Delete");
+        action.step(Step::Lvm(LvmStep::Remove { place, volume, mark, half_made: false }));
+    } else {
+        action.verb(Verb::Retain, "declared no more; the data stays where it is");
+        action.step(Step::Lvm(LvmStep::Retain { place, volume, mark }));
+    }
 }
 
 struct Finder<'a> {
@@ -179,9 +196,15 @@ impl Finder<'_> {
             }
         };
         let mark = self.mark(id);
-        let mut action = Action::new(id, format!("directory {}, its files stay", pool.path.display()));
+        let place = pool.place();
+        let what = if place.lvm().is_some() { "volumes" } else { "files" };
+        let mut action = Action::new(id, format!("{place}, its {what} stay"));
         action.verb(Verb::Retain, "declared no more");
-        action.step(Step::ForgetPool { name: id.name.clone(), path: pool.path.clone(), mark });
+        let name = id.name.clone();
+        action.step(match place {
+            PoolPlace::Directory(path) => Step::ForgetPool { name, path, mark },
+            PoolPlace::Lvm(place) => Step::Lvm(LvmStep::ForgetPool { name, place, mark }),
+        });
         for file in pool
             .directory
             .iter()
@@ -252,7 +275,9 @@ impl Finder<'_> {
                 }
                 action.after.push(vm);
             }
-            if facts.reclaim_delete {
+            if let Some(lvm) = &pool.lvm {
+                remove_logical(&mut action, &lvm.place, id, &mark, facts);
+            } else if facts.reclaim_delete {
                 action.differs(
                     "data",
                     Some(path.display().to_string()),

@@ -3,6 +3,7 @@
 
 mod graph;
 mod networks;
+mod pools;
 mod rules;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -86,7 +87,10 @@ impl Desired {
         let mut scope = Scope::default();
         for (id, spec) in &self.declared.objects {
             if let Spec::StoragePool(pool) = spec {
-                scope.pools.push((id.name.clone(), pool.path.clone()));
+                scope.pools.push((id.name.clone(), pool.place.clone()));
+                if !pool.devices.is_empty() {
+                    scope.devices.insert(id.name.clone(), pool.devices.clone());
+                }
             }
             scope.tables |= matches!(spec, Spec::Network(_));
             scope.capabilities.extend(spec.capabilities());

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::Problem;
+use super::{Problem, pools};
 use crate::kinds::virtual_machine::{default_cid, default_mac, tap_name};
 use crate::kinds::volume::Content;
 use crate::kinds::{Spec, link_of};
@@ -18,7 +18,7 @@ pub fn check(set: &SetName, objects: &Objects, unusable: &BTreeSet<ObjectId>, pr
     vlan_tags(objects, problems);
     vlan_mtus(objects, problems);
     mac_addresses(set, objects, problems);
-    pool_paths(objects, problems);
+    pools::check(objects, problems);
     images(objects, problems);
     disks(objects, problems);
     interface_vlans(objects, problems);
@@ -235,19 +235,6 @@ fn mac_addresses(set: &SetName, objects: &Objects, problems: &mut Vec<Problem>) 
     }
 }
 
-fn pool_paths(objects: &Objects, problems: &mut Vec<Problem>) {
-    let mut seen = BTreeMap::new();
-    for (id, spec) in objects {
-        let Spec::StoragePool(pool) = spec else { continue };
-        if let Some(other) = seen.insert(&pool.path, id) {
-            problems.push(
-                Problem::new(id, "/directory/path", format!("{} is already {other}", pool.path.display()))
-                    .related(other, "/directory/path", "first used here"),
-            );
-        }
-    }
-}
-
 fn images(objects: &Objects, problems: &mut Vec<Problem>) {
     let mut seen = BTreeMap::new();
     for (id, spec) in objects {
@@ -267,13 +254,14 @@ fn images(objects: &Objects, problems: &mut Vec<Problem>) {
             }
             Spec::Volume(volume) => {
                 let (name, field) = match &volume.content {
-                    Content::Blank => continue,
+                    Content::Blank | Content::SnapshotOf(_) => continue,
                     Content::CopyOf(name) => (name, "source"),
                     Content::OverlayOn(name) => (name, "backing"),
                 };
                 let image_id = ObjectId::new(Kind::Image, name.clone());
                 if let Some(Spec::Image(image)) = objects.get(&image_id)
                     && image.pool != volume.pool
+                    && !pools::is_lvm(objects, &volume.pool)
                 {
                     problems.push(
                         Problem::new(

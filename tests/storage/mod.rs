@@ -12,7 +12,7 @@ use sha2::Digest;
 use vmctl::host::Scope;
 use vmctl::host::error::StepError;
 use vmctl::host::linux::storage::Storage;
-use vmctl::host::snapshot::{Pool, PoolDirectory, PoolFile};
+use vmctl::host::snapshot::{Pool, PoolDirectory, PoolFile, PoolPlace};
 use vmctl::host::step::{ImageFile, NewVolume, NewVolumeContent, Step};
 use vmctl::name::{Mark, ObjectName, Sha256};
 use vmctl::vmm::config::DiskFormat;
@@ -256,7 +256,7 @@ impl Host {
     }
 
     pub fn scope(&self) -> Scope {
-        Scope { pools: vec![(name("pool"), self.path.clone())], ..Scope::default() }
+        Scope { pools: vec![(name("pool"), PoolPlace::Directory(self.path.clone()))], ..Scope::default() }
     }
 
     pub fn observe_declared(&self) -> Pool {

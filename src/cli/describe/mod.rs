@@ -155,6 +155,15 @@ fn describe(object: &Object, style: Style) -> String {
         Status::StoragePool(pool) => {
             let state = if pool.present { "" } else { " (missing)" };
             page.line("Directory", format!("{}{state}", pool.path.display()));
+            if let Some(group) = &pool.volume_group {
+                page.line("Volume group", group);
+            }
+            if let Some(thin) = &pool.thin_pool {
+                page.line("Thin pool", thin);
+            }
+            for condition in &pool.conditions {
+                page.line(condition.kind, style.red(&condition.message));
+            }
             page.line(
                 "Capacity",
                 format!("{} ({} available)", size(pool.capacity_bytes), size(pool.available_bytes)),

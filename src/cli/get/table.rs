@@ -176,7 +176,7 @@ fn is_worrying(status: &Status) -> bool {
             let serves = network.service.as_ref().is_none_or(|service| service.running);
             !serves || !network.link.as_ref().is_some_and(|link| link.up)
         }
-        Status::StoragePool(pool) => !pool.present,
+        Status::StoragePool(pool) => !pool.present || !pool.conditions.is_empty(),
         Status::Image(_) => false,
         Status::Volume(volume) => volume.unusable.is_some(),
         Status::VirtualMachine(vm) => {
@@ -260,7 +260,12 @@ fn cells(status: &Status) -> Vec<String> {
             ]
         }
         Status::StoragePool(pool) => vec![
-            if pool.present { "present" } else { "missing" }.to_owned(),
+            match pool.conditions.first() {
+                Some(condition) => condition.kind,
+                None if pool.present => "present",
+                None => "missing",
+            }
+            .to_owned(),
             size(pool.capacity_bytes),
             size(pool.available_bytes),
             size(pool.used_bytes),

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::host::error::ObserveError;
-use crate::host::snapshot::{Link, LinkKind, Pool, PoolFile, Snapshot, VlanProtocol};
+use crate::host::snapshot::{GroupFacts, Link, LinkKind, Pool, PoolFile, Snapshot, ThinFacts, VlanProtocol};
 use crate::kinds::virtual_machine::compare::owner;
 use crate::name::{Kind, LinkName, Mark, ObjectId, ObjectName, SetName};
 use crate::vmm::config::DiskFormat;
@@ -75,7 +75,12 @@ pub struct VlanStatus {
 #[serde(rename_all = "camelCase")]
 pub struct PoolStatus {
     pub path: PathBuf,
-    /// The directory is there.
+    /// Only of a pool in a volume group.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub volume_group: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub thin_pool: Option<String>,
+    /// The directory, volume group or thin pool is there.
     pub present: bool,
     pub capacity_bytes: u64,
     pub available_bytes: u64,
@@ -83,6 +88,18 @@ pub struct PoolStatus {
     pub used_bytes: u64,
     pub volumes: usize,
     pub images: usize,
+    /// What is not as it should be and lasts.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub conditions: Vec<PoolCondition>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PoolCondition {
+    /// `PoolNearlyFull`, `PoolFailing`, `PoolUnusable`.
+    #[serde(rename = "type")]
+    pub kind: &'static str,
+    pub message: String,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -295,8 +312,12 @@ fn pool_status(pool: &Pool) -> PoolStatus {
     let files = || directory.into_iter().flat_map(|directory| directory.files.values());
     let images = || directory.into_iter().flat_map(|directory| directory.images.values());
     let ours = |file: &&PoolFile| file.mark.is_some() || file.retained.is_some();
+    let lvm = pool.lvm.as_ref();
     PoolStatus {
         path: pool.path.clone(),
+        volume_group: lvm.map(|lvm| lvm.place.group.to_string()),
+        thin_pool: lvm.and_then(|lvm| Some(lvm.place.thin_pool.as_ref()?.to_string())),
+        conditions: lvm.and_then(|lvm| lvm.group.as_ref()).map(pool_conditions).unwrap_or_default(),
         present: directory.is_some(),
         capacity_bytes: directory.map_or(0, |directory| directory.capacity_bytes),
         available_bytes: directory.map_or(0, |directory| directory.available_bytes),
@@ -304,6 +325,17 @@ fn pool_status(pool: &Pool) -> PoolStatus {
         volumes: files().filter(|file| file.mark.is_some()).count(),
         images: images().filter(|file| file.mark.is_some()).count(),
     }
+}
+
+fn pool_conditions(group: &GroupFacts) -> Vec<PoolCondition> {
+    let thin = group.thin.as_ref();
+    let found = [
+        ("PoolNearlyFull", thin.and_then(ThinFacts::nearly_full)),
+        ("PoolFailing", thin.and_then(|thin| thin.failing.clone())),
+        ("PoolUnusable", group.unusable.clone()),
+    ];
+    let condition = |(kind, message): (_, Option<_>)| Some(PoolCondition { kind, message: message? });
+    found.into_iter().filter_map(condition).collect()
 }
 
 fn volume_status(
@@ -322,7 +354,9 @@ fn volume_status(
         used_by,
         running,
         reclaim_policy: if facts.reclaim_delete { "Delete" } else { "Retain" },
-        unusable: if facts.header.encrypted {
+        unusable: if facts.half_made {
+            Some("its making was cut short; apply again".to_owned())
+        } else if facts.header.encrypted {
             Some("encrypted".to_owned())
         } else {
             facts.header.unusable.clone()

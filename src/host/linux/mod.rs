@@ -179,7 +179,8 @@ impl LinuxHost {
             | Step::AdoptVolume { .. }
             | Step::RetainVolume { .. }
             | Step::TrashVolume { .. }
-            | Step::RetainImage { .. } => self.storage.run(step),
+            | Step::RetainImage { .. }
+            | Step::Lvm(_) => self.storage.run(step),
             Step::SetTable { .. }
             | Step::DeleteTable { .. }
             | Step::SetService { .. }

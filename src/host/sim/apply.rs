@@ -82,6 +82,8 @@ impl State {
                     header: facts.header,
                     reclaim_delete: false,
                     sha256: Some(sha256.to_string()),
+                    half_made: false,
+                    inactive: false,
                 };
                 self.directory(&image.pool_path)?.images.insert(image.file.clone(), file);
                 Ok(())
@@ -139,6 +141,7 @@ impl State {
                 }
                 Ok(())
             }
+            Step::Lvm(step) => self.apply_to_lvm(step),
             Step::SetTable { .. }
             | Step::DeleteTable { .. }
             | Step::SetService { .. }
@@ -146,6 +149,24 @@ impl State {
             | Step::RequireForwarding { .. }
             | Step::ReleaseForwarding { .. } => self.apply_to_network(step),
             other => self.apply_to_host(other),
+        }
+    }
+
+    /// The file or logical volume that a VM's disk is.
+    pub(super) fn disk_file(&mut self, path: &Path) -> Result<&mut PoolFile, StepError> {
+        if path.starts_with("/dev") {
+            return match self.lvm.file(path) {
+                Some(file) if !file.inactive => Ok(file),
+                _ => failed(path.display(), "no such device"),
+            };
+        }
+        let (Some(pool), Some(file)) = (path.parent(), path.file_name().and_then(|file| file.to_str()))
+        else {
+            return failed(path.display(), "no such file");
+        };
+        match self.directory(pool)?.files.get_mut(file) {
+            Some(have) => Ok(have),
+            None => failed(path.display(), "no such file"),
         }
     }
 
@@ -281,7 +302,7 @@ impl State {
     }
 
     fn pool(&mut self, path: &Path) -> Option<&mut Pool> {
-        self.world.pools.values_mut().flatten().find(|pool| pool.path == path)
+        self.world.pools.values_mut().flatten().find(|pool| pool.path == path && pool.lvm.is_none())
     }
 
     pub(super) fn directory(&mut self, path: &Path) -> Result<&mut PoolDirectory, StepError> {
@@ -303,8 +324,11 @@ impl State {
             return not_ours(path.display(), "it carries another set's mark");
         }
         directory.mark = Some(mark.clone());
-        self.world.pools.retain(|_, pool| !matches!(pool, Ok(pool) if pool.path == path));
-        let pool = Pool { path: path.to_owned(), directory: Some(directory), registered: Some(mark.clone()) };
+        self.world
+            .pools
+            .retain(|_, pool| !matches!(pool, Ok(pool) if pool.path == path && pool.lvm.is_none()));
+        let registered = Some(mark.clone());
+        let pool = Pool { path: path.to_owned(), directory: Some(directory), registered, lvm: None };
         self.world.pools.insert(name.clone(), Ok(pool));
         Ok(())
     }
@@ -380,6 +404,8 @@ impl State {
             },
             reclaim_delete: new.reclaim_delete,
             sha256: None,
+            half_made: false,
+            inactive: false,
         };
         directory.files.insert(new.file.clone(), file);
         Ok(())

@@ -2,18 +2,20 @@
 //! suite holds it to them) and can fail, crash or be edited by others at any step.
 
 mod apply;
+mod lvm;
 mod networks;
 mod policy;
 mod vms;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use super::error::ObserveError;
-use super::snapshot::{Capability, FileFacts, Forwarding, IpFamily, Pool, Snapshot};
+use super::snapshot::{Capability, DeviceFacts, FileFacts, Forwarding, IpFamily, Pool, PoolPlace, Snapshot};
 use super::{Host, Scope, Step, StepError};
-use crate::name::ObjectName;
+use crate::name::{LvmName, ObjectName};
+pub use lvm::{SimGroup, SimThinPool, SimVolume, logical_file};
 
 /// What goes wrong, and when. Steps are counted from 1 over the host's life.
 #[derive(Clone, Debug, Default)]
@@ -50,6 +52,7 @@ struct State {
     lacks: BTreeSet<Capability>,
     /// Files outside of pools.
     files: std::collections::BTreeMap<PathBuf, FileFacts>,
+    lvm: lvm::Lvm,
     faults: Faults,
     /// Forwarding that was on before any of our networks needed it.
     forwards_anyway: BTreeSet<IpFamily>,
@@ -82,6 +85,7 @@ impl SimHost {
             world,
             lacks: BTreeSet::new(),
             files: Default::default(),
+            lvm: Default::default(),
             faults: Faults::default(),
             forwards_anyway: BTreeSet::new(),
             steps: 0,
@@ -108,6 +112,15 @@ impl SimHost {
         self.lock().files.insert(path.into(), facts);
     }
 
+    pub fn add_device(&self, path: impl Into<PathBuf>, facts: DeviceFacts) {
+        self.lock().lvm.devices.insert(path.into(), facts);
+    }
+
+    /// Others at work in the volume groups.
+    pub fn edit_groups<T>(&self, edit: impl FnOnce(&mut BTreeMap<LvmName, SimGroup>) -> T) -> T {
+        edit(&mut self.lock().lvm.groups)
+    }
+
     /// Others at work: edits the world directly, past every rule.
     pub fn edit<T>(&self, edit: impl FnOnce(&mut Snapshot) -> T) -> T {
         edit(&mut self.lock().world)
@@ -127,13 +140,31 @@ impl Host for SimHost {
     fn snapshot(&self, scope: &Scope) -> Snapshot {
         let state = self.lock();
         let mut seen = state.world.clone();
-        for (name, path) in &scope.pools {
-            let registered = matches!(seen.pools.get(name), Some(Ok(pool)) if pool.registered.is_some());
-            if !registered {
-                let directory = state.directory_at(path);
-                let pool = Pool { path: path.clone(), directory, registered: None };
-                seen.pools.insert(name.clone(), Ok(pool));
+        // The groups are where logical volumes are; the world only knows who registered which.
+        for (name, pool) in &mut seen.pools {
+            if let Ok(pool) = pool
+                && let PoolPlace::Lvm(place) = pool.place()
+            {
+                let devices = scope.devices.get(name).map(Vec::as_slice).unwrap_or_default();
+                *pool = state.lvm.pool(&place, pool.registered.clone(), devices);
             }
+        }
+        for (name, place) in &scope.pools {
+            let registered = matches!(seen.pools.get(name), Some(Ok(pool)) if pool.registered.is_some());
+            if registered {
+                continue;
+            }
+            let pool = match place {
+                PoolPlace::Directory(path) => {
+                    let directory = state.directory_at(path);
+                    Pool { path: path.clone(), directory, registered: None, lvm: None }
+                }
+                PoolPlace::Lvm(place) => {
+                    let devices = scope.devices.get(name).map(Vec::as_slice).unwrap_or_default();
+                    state.lvm.pool(place, None, devices)
+                }
+            };
+            seen.pools.insert(name.clone(), Ok(pool));
         }
         let declared: BTreeSet<&ObjectName> = scope.pools.iter().map(|(name, _)| name).collect();
         seen.pools.retain(|name, pool| {
@@ -202,7 +233,7 @@ impl State {
             .pools
             .values()
             .flatten()
-            .find(|pool| pool.path == path)
+            .find(|pool| pool.path == path && pool.lvm.is_none())
             .and_then(|pool| pool.directory.clone())
     }
 }

@@ -176,11 +176,6 @@ impl State {
 
     /// Opens and locks a disk for this VM; gives its capacity.
     fn open_disk(&mut self, vm: &ObjectName, disk: &DiskConfig) -> Result<u64, StepError> {
-        let path = Path::new(&disk.path);
-        let (Some(pool), Some(file)) = (path.parent(), path.file_name().and_then(|file| file.to_str()))
-        else {
-            return failed(&disk.path, "no such file");
-        };
         let in_use = self.vms()?.iter().any(|(other, vm_there)| {
             let process = vm_there.process.as_ref().and_then(|process| process.as_ref().ok());
             process.is_some_and(|process| {
@@ -193,10 +188,7 @@ impl State {
         if in_use {
             return failed(&disk.path, "locked by another process");
         }
-        match self.directory(pool)?.files.get(file) {
-            Some(have) => Ok(have.header.virtual_size_bytes),
-            None => failed(&disk.path, "no such file"),
-        }
+        Ok(self.disk_file(Path::new(&disk.path))?.header.virtual_size_bytes)
     }
 
     fn start_vm(&mut self, name: &ObjectName, definition: &VmDefinition) -> Done {
@@ -327,13 +319,13 @@ impl State {
     ) -> Done {
         let path = self.disk(step, vm, mark, disk)?.path.clone();
         let path = Path::new(&path);
-        let (Some(pool), Some(file)) = (path.parent(), path.file_name().and_then(|file| file.to_str()))
-        else {
-            return failed(step, "no such file");
-        };
-        match self.directory(pool)?.files.get_mut(file) {
-            Some(have) => grow(have, capacity_bytes)?,
-            None => return failed(step, "no such file"),
+        let have = self.disk_file(path)?;
+        match path.starts_with("/dev") {
+            false => grow(have, capacity_bytes)?,
+            true if have.size_bytes < capacity_bytes => {
+                return failed(step, "the block device is smaller: grow it first");
+            }
+            true => {}
         }
         let process = self.running(vm, mark)?;
         if let Some(place) = process.config.disks.iter().position(|have| have.name == disk) {

@@ -11,11 +11,11 @@ use crate::vmm::config::DiskFormat;
 
 pub fn compare(id: &ObjectId, want: &Image, context: &Context) -> Action {
     let mut action = Action::new(id, summary(want));
-    let (pool_path, directory) = match resolve(&want.pool, context) {
+    let pool = match resolve(&want.pool, context) {
         Ok(found) => found,
         Err(blocker) => return action.blocked(blocker),
     };
-    let image = want.cached(pool_path);
+    let (image, directory) = (want.cached(&pool.path), pool.directory);
     let mark = Mark::new(context.declared.set.clone(), id.clone());
     let cached = directory.and_then(|directory| directory.images.get(&image.file));
     if let Some(cached) = cached {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::{Boot, Interface, VirtualMachine};
-use crate::host::snapshot::{VlanFlags, VmDefinition};
+use crate::host::snapshot::{LvmPlace, PoolPlace, VlanFlags, VmDefinition};
 use crate::kinds::action::Blocker;
 use crate::kinds::bridge::Bridge;
 use crate::kinds::stable::stable_hash;
@@ -13,7 +13,7 @@ use crate::kinds::volume::Content;
 use crate::kinds::{Context, volume::Volume};
 use crate::name::{LinkName, MacAddress, Mark, ObjectName, SetName, VlanId};
 use crate::vmm::config::{
-    BackingConfig, BootConfig, DiskConfig, DiskFormat, NicConfig, VmConfig, VsockConfig,
+    BackingConfig, BootConfig, CacheMode, DiskConfig, DiskFormat, NicConfig, VmConfig, VsockConfig,
 };
 
 /// The address of a NIC that declares none: in QEMU's and libvirt's customary range.
@@ -131,8 +131,9 @@ fn define_disk(disk: &super::Disk, context: &Context) -> Result<DiskConfig, Bloc
     let Some(volume) = context.declared.volume(&disk.volume) else {
         return Err(Blocker::new(format!("Volume/{} is not declared", disk.volume)));
     };
-    let (pool_path, directory) = resolve(&volume.pool, context)?;
-    let have = directory.and_then(|directory| directory.files.get(&volume.file(&disk.volume)));
+    let pool = resolve(&volume.pool, context)?;
+    let have =
+        pool.directory.and_then(|directory| directory.files.get(&volume.file(&disk.volume, pool.place)));
     let backing = match have {
         // What it has been made on, whatever is declared now.
         Some(have) if volume.format == DiskFormat::Qcow2 => match &have.header.backing {
@@ -140,16 +141,25 @@ fn define_disk(disk: &super::Disk, context: &Context) -> Result<DiskConfig, Bloc
             None => Vec::new(),
         },
         Some(_) => Vec::new(),
-        None => declared_backing(volume, pool_path, context)?,
+        None => declared_backing(volume, &pool.path, context)?,
     };
     Ok(DiskConfig {
         read_only: disk.read_only,
         backing,
-        cache: disk.cache,
+        cache: disk.cache.unwrap_or(default_cache(pool.place)),
         queues: disk.queues,
         limits: disk.limits,
-        ..DiskConfig::new(&disk.name, text(&volume.path(&disk.volume, pool_path))?, volume.format)
+        ..DiskConfig::new(&disk.name, text(&volume.path(&disk.volume, pool.place))?, volume.format)
     })
+}
+
+/// A thin pool tells that it is full when it is written to. Past the page cache the guest's own write waits for
+/// room; in the page cache it would have been called done already, and be lost.
+fn default_cache(place: &PoolPlace) -> CacheMode {
+    match place {
+        PoolPlace::Lvm(LvmPlace { thin_pool: Some(_), .. }) => CacheMode::Direct,
+        PoolPlace::Lvm(_) | PoolPlace::Directory(_) => CacheMode::Writeback,
+    }
 }
 
 fn declared_backing(

@@ -62,7 +62,8 @@ pub struct Disk {
     pub name: String,
     pub volume: ObjectName,
     pub read_only: bool,
-    pub cache: CacheMode,
+    /// `None`: what suits the volume's pool.
+    pub cache: Option<CacheMode>,
     pub queues: u16,
     pub limits: Limits,
 }

@@ -2,25 +2,26 @@
 
 use std::path::Path;
 
-use super::{Content, Volume};
+use super::{Content, Volume, lvm};
 use crate::host::Step;
-use crate::host::snapshot::{Pool, PoolDirectory, PoolFile};
-use crate::host::step::{NewVolume, NewVolumeContent};
+use crate::host::snapshot::{Pool, PoolDirectory, PoolFile, PoolPlace};
+use crate::host::step::{ImageFile, NewVolume, NewVolumeContent};
 use crate::kinds::Context;
 use crate::kinds::action::{Action, Blocker, Impact, Verb};
+use crate::kinds::image::Image;
 use crate::kinds::image::compare::describe;
 use crate::kinds::storage_pool::compare::resolve;
-use crate::name::{ByteSize, Mark, ObjectId};
+use crate::name::{ByteSize, Mark, ObjectId, ObjectName};
 use crate::vmm::config::DiskFormat;
 
 pub fn compare(id: &ObjectId, want: &Volume, context: &Context) -> Action {
     let mut action = Action::new(id, summary(want));
-    let (pool_path, directory) = match resolve(&want.pool, context) {
+    let pool = match resolve(&want.pool, context) {
         Ok(found) => found,
         Err(blocker) => return action.blocked(blocker),
     };
     let mark = Mark::new(context.declared.set.clone(), id.clone());
-    let file = want.file(&id.name);
+    let file = want.file(&id.name, pool.place);
     if let Some(elsewhere) = context.other_pool_of(id, &want.pool) {
         return action.blocked(
             Blocker::new(format!(
@@ -29,8 +30,13 @@ pub fn compare(id: &ObjectId, want: &Volume, context: &Context) -> Action {
             .hint(format!("declare `pool: {elsewhere}`, or a volume of another name")),
         );
     }
+    if let PoolPlace::Lvm(place) = pool.place {
+        lvm::compare(&mut action, id, want, place, &pool, &mark, context);
+        return action.finish();
+    }
+    let (pool_path, directory) = (pool.path.as_path(), pool.directory);
     match directory.and_then(|directory| directory.files.get(&file)) {
-        Some(have) => compare_file(&mut action, id, want, &file, pool_path, have, &mark, context),
+        Some(have) => compare_file(&mut action, want, &file, pool_path, have, &mark, context),
         None => absent(&mut action, id, want, &file, pool_path, directory, &mark, context),
     }
     action.finish()
@@ -41,6 +47,7 @@ fn summary(want: &Volume) -> String {
         Content::Blank => "blank".to_owned(),
         Content::CopyOf(image) => format!("from image {image}"),
         Content::OverlayOn(image) => format!("overlay on image {image}"),
+        Content::SnapshotOf(volume) => format!("snapshot of volume {volume}"),
     };
     format!("{} {} in pool {}, {content}", describe(want.format), want.capacity, want.pool)
 }
@@ -56,7 +63,7 @@ fn absent(
     mark: &Mark,
     context: &Context,
 ) {
-    let path = want.path(&id.name, pool_path);
+    let path = pool_path.join(file);
     if let Some((vm, _, _)) = context.running_disk(&path) {
         action.block(
             Blocker::new(format!(
@@ -121,13 +128,28 @@ fn new_content(want: &Volume, pool_path: &Path, context: &Context) -> Result<New
         Content::Blank => return Ok(NewVolumeContent::Blank),
         Content::CopyOf(name) => (name, false),
         Content::OverlayOn(name) => (name, true),
+        // Held to be in a thin pool by the rules between objects.
+        Content::SnapshotOf(name) => {
+            return Err(Blocker::new(format!("Volume/{name} is in no thin pool")));
+        }
     };
     let Some(image) = context.declared.image(name) else {
         return Err(Blocker::new(format!("Image/{name} is not declared")));
     };
     let cached = image.cached(pool_path);
-    // The image's own size: from the cache, or from its source before it is imported.
-    let in_cache = context.snapshot.pools.get(&want.pool).and_then(|pool| {
+    check_fits(want, name, image, &cached, context)?;
+    Ok(if overlay { NewVolumeContent::OverlayOn(cached) } else { NewVolumeContent::CopyOf(cached) })
+}
+
+/// The image's own size against the volume's: from the cache, or from its source before it is imported.
+pub(super) fn check_fits(
+    want: &Volume,
+    name: &ObjectName,
+    image: &Image,
+    cached: &ImageFile,
+    context: &Context,
+) -> Result<(), Blocker> {
+    let in_cache = context.snapshot.pools.get(&image.pool).and_then(|pool| {
         let directory = pool.as_ref().ok()?.directory.as_ref()?;
         Some(directory.images.get(&cached.file)?.header.virtual_size_bytes)
     });
@@ -135,23 +157,20 @@ fn new_content(want: &Volume, pool_path: &Path, context: &Context) -> Result<New
         let facts = context.snapshot.files.get(&image.source_path)?.as_ref().ok()?;
         Some(facts.header.virtual_size_bytes)
     };
-    if let Some(size_bytes) = in_cache.or_else(in_source)
-        && size_bytes > want.capacity.0
-    {
-        return Err(Blocker::new(format!(
+    match in_cache.or_else(in_source) {
+        Some(size_bytes) if size_bytes > want.capacity.0 => Err(Blocker::new(format!(
             "capacity {} is less than the {} of Image/{name}",
             want.capacity,
             ByteSize(size_bytes)
         ))
-        .hint(format!("declare a capacity of at least {}", ByteSize(size_bytes))));
+        .hint(format!("declare a capacity of at least {}", ByteSize(size_bytes)))),
+        _ => Ok(()),
     }
-    Ok(if overlay { NewVolumeContent::OverlayOn(cached) } else { NewVolumeContent::CopyOf(cached) })
 }
 
 #[allow(clippy::too_many_arguments)] // As above.
 fn compare_file(
     action: &mut Action,
-    id: &ObjectId,
     want: &Volume,
     file: &str,
     pool_path: &Path,
@@ -159,7 +178,7 @@ fn compare_file(
     mark: &Mark,
     context: &Context,
 ) {
-    let path = want.path(&id.name, pool_path);
+    let path = pool_path.join(file);
     if let Some(other) = have.mark.as_ref().filter(|found| *found != mark) {
         action.block(Blocker::new(format!(
             "{} belongs to {} of set {}",
@@ -186,7 +205,7 @@ fn compare_file(
                 mark: mark.clone(),
                 reclaim_delete: want.reclaim_delete,
             });
-            compare_capacity(action, id, want, file, pool_path, capacity_bytes, mark, context);
+            compare_capacity(action, want, file, pool_path, capacity_bytes, mark, context);
         } else {
             action.block(
                 Blocker::new(format!(
@@ -201,7 +220,7 @@ fn compare_file(
         return;
     }
     action.usable = true;
-    compare_capacity(action, id, want, file, pool_path, capacity_bytes, mark, context);
+    compare_capacity(action, want, file, pool_path, capacity_bytes, mark, context);
     if have.reclaim_delete != want.reclaim_delete {
         let text = |delete: bool| Some(if delete { "Delete" } else { "Retain" }.to_owned());
         action.differs("reclaimPolicy", text(have.reclaim_delete), text(want.reclaim_delete), Impact::Live);
@@ -217,7 +236,6 @@ fn compare_file(
 #[allow(clippy::too_many_arguments)] // As above.
 fn compare_capacity(
     action: &mut Action,
-    id: &ObjectId,
     want: &Volume,
     file: &str,
     pool_path: &Path,
@@ -243,7 +261,7 @@ fn compare_capacity(
         return;
     }
     action.differs("capacity", from, to, Impact::Live);
-    let path = want.path(&id.name, pool_path);
+    let path = pool_path.join(file);
     let step = match context.running_disk(&path) {
         Some((vm, vm_mark, disk)) => {
             Step::ResizeDisk { vm: vm.clone(), mark: vm_mark, disk, capacity_bytes: want.capacity.0 }

@@ -1,14 +1,15 @@
 //! Volume: a disk in a pool. Its data outlives its manifest.
 
 pub mod compare;
+mod lvm;
 pub mod wire;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::Serialize;
 
 use super::Reference;
-use crate::host::snapshot::Pool;
+use crate::host::snapshot::{Pool, PoolPlace};
 use crate::name::{ByteSize, Kind, ObjectId, ObjectName};
 use crate::vmm::config::DiskFormat;
 
@@ -28,6 +29,8 @@ pub enum Content {
     Blank,
     CopyOf(ObjectName),
     OverlayOn(ObjectName),
+    /// A snapshot of another volume in the same thin pool.
+    SnapshotOf(ObjectName),
 }
 
 impl Volume {
@@ -44,14 +47,29 @@ impl Volume {
             Content::Blank => vec![pool],
             Content::CopyOf(name) => vec![pool, image(name, "source")],
             Content::OverlayOn(name) => vec![pool, image(name, "backing")],
+            Content::SnapshotOf(name) => vec![
+                pool,
+                Reference {
+                    to: ObjectId::new(Kind::Volume, name.clone()),
+                    pointer: "/source/volume".to_owned(),
+                },
+            ],
         }
     }
 
-    pub fn file(&self, name: &ObjectName) -> String {
-        Pool::volume_file(name, self.format)
+    pub fn is_raw(&self) -> bool {
+        self.format == DiskFormat::Raw
     }
 
-    pub fn path(&self, name: &ObjectName, pool_path: &Path) -> PathBuf {
-        pool_path.join(self.file(name))
+    /// Its file in a directory, its logical volume in a group.
+    pub fn file(&self, name: &ObjectName, place: &PoolPlace) -> String {
+        match place {
+            PoolPlace::Directory(_) => Pool::volume_file(name, self.format),
+            PoolPlace::Lvm(_) => name.to_string(),
+        }
+    }
+
+    pub fn path(&self, name: &ObjectName, place: &PoolPlace) -> PathBuf {
+        place.path().join(self.file(name, place))
     }
 }

@@ -14,16 +14,16 @@ use crate::vmm::config::DiskFormat;
 pub struct Volume {
     /// The StoragePool that holds it.
     pub pool: String,
-    /// The disk image's format. Default: qcow2.
+    /// The disk image's format. Default: qcow2. A logical volume (pools `lvm` and `lvmThin`) is always raw.
     pub format: Option<Format>,
     /// The size that the guest sees, a binary quantity such as `20Gi`, a multiple of 512 bytes, at least
-    /// 1Mi. It may grow later and never shrink.
+    /// 1Mi. It may grow later and never shrink. A logical volume is rounded up to its group's extents.
     pub capacity: String,
     /// What a new volume starts with: a full copy (a reflink where the file system can). Default: blank.
     /// Has no effect on a volume that exists.
     pub source: Option<Source>,
     /// What a new volume is an overlay of; only with format qcow2. Has no effect on a volume that exists.
-    pub backing: Option<Source>,
+    pub backing: Option<Backing>,
     /// Whether space is set aside when the volume is made. Default: none.
     pub preallocation: Option<Preallocation>,
     /// What happens to the data when the manifest goes. `Retain`: it stays where it is, and is vmctl's no
@@ -48,10 +48,20 @@ impl From<Format> for DiskFormat {
     }
 }
 
-/// Where a volume's content comes from.
+/// Where a volume's content comes from: one of an image and a volume.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Source {
+    /// An Image: of the same pool, or for a logical volume of any directory pool.
+    pub image: Option<String>,
+    /// A Volume of the same thin pool: the new volume is a thin snapshot of it.
+    pub volume: Option<String>,
+}
+
+/// What a volume is an overlay of.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Backing {
     /// An Image in the same pool.
     pub image: String,
 }
@@ -75,6 +85,33 @@ pub enum ReclaimPolicy {
 const CAPACITY_BYTES: std::ops::RangeInclusive<u64> = (1 << 20)..=(64 << 40);
 
 impl Volume {
+    fn content(&self, problems: &mut Problems) -> Content {
+        if let (Some(_), Some(_)) = (&self.source, &self.backing) {
+            problems.add(
+                SpecProblem::new("/backing", "a volume has a `source` or a `backing`, not both")
+                    .hint("`source` copies the image, `backing` makes a thin overlay of it"),
+            );
+            return Content::Blank;
+        }
+        let content = match (&self.source, &self.backing) {
+            (Some(Source { image: Some(image), volume: None }), _) => {
+                problems.take("/source/image", ObjectName::parse(image)).map(Content::CopyOf)
+            }
+            (Some(Source { image: None, volume: Some(volume) }), _) => {
+                problems.take("/source/volume", ObjectName::parse(volume)).map(Content::SnapshotOf)
+            }
+            (Some(_), _) => {
+                problems.add(SpecProblem::new("/source", "a source is either an `image` or a `volume`"));
+                None
+            }
+            (None, Some(backing)) => {
+                problems.take("/backing/image", ObjectName::parse(&backing.image)).map(Content::OverlayOn)
+            }
+            (None, None) => None,
+        };
+        content.unwrap_or(Content::Blank)
+    }
+
     pub fn decode(self) -> Result<Inner, Vec<SpecProblem>> {
         let mut problems = Problems::default();
         let pool = problems.take("/pool", ObjectName::parse(&self.pool));
@@ -88,26 +125,7 @@ impl Volume {
                 format!("`{}`: a capacity is 1Mi to 64Ti and a multiple of 512 bytes", self.capacity),
             ));
         }
-        let image = |problems: &mut Problems, field: &str, source: &Option<Source>| {
-            source.as_ref().and_then(|source| {
-                problems.take(&format!("/{field}/image"), ObjectName::parse(&source.image))
-            })
-        };
-        let content = match (
-            image(&mut problems, "source", &self.source),
-            image(&mut problems, "backing", &self.backing),
-        ) {
-            (None, None) => Content::Blank,
-            (Some(image), None) => Content::CopyOf(image),
-            (None, Some(image)) => Content::OverlayOn(image),
-            (Some(_), Some(_)) => {
-                problems.add(
-                    SpecProblem::new("/backing", "a volume has a `source` or a `backing`, not both")
-                        .hint("`source` copies the image, `backing` makes a thin overlay of it"),
-                );
-                Content::Blank
-            }
-        };
+        let content = self.content(&mut problems);
         if matches!(content, Content::OverlayOn(_)) && format != DiskFormat::Qcow2 {
             problems.add(
                 SpecProblem::new("/backing", "only qcow2 volumes can have a backing file")

@@ -224,7 +224,7 @@ fn describe(spec: &Spec) -> (Vec<String>, bool) {
             details.extend(network.addresses().iter().map(ToString::to_string));
             (details, false)
         }
-        Spec::StoragePool(pool) => (vec![pool.path.display().to_string()], false),
+        Spec::StoragePool(pool) => (vec![pool.place.path().display().to_string()], false),
         Spec::Image(image) => (vec![word(&image.format), format!("sha256 {}", image.sha256)], false),
         Spec::Volume(volume) => (vec![format!("{} {}", word(&volume.format), volume.capacity)], false),
         Spec::VirtualMachine(vm) => {

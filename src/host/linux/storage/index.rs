@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::directory::{self, FILE_MODE};
 use crate::host::error::{ObserveError, StepError};
 use crate::host::linux::ofd::{self, Lock};
-use crate::host::snapshot::Observed;
+use crate::host::snapshot::{LvmPlace, Observed, PoolPlace};
 use crate::name::{Mark, ObjectName};
 
 const ENTRY_BYTES_MAX: usize = 16 << 10;
@@ -22,6 +22,22 @@ const ENTRY_BYTES_MAX: usize = 16 << 10;
 pub struct IndexEntry {
     pub path: PathBuf,
     pub mark: Mark,
+    /// Of a pool in a volume group; its path is `/dev/<group>` then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lvm: Option<LvmPlace>,
+}
+
+impl IndexEntry {
+    pub fn new(place: &PoolPlace, mark: &Mark) -> Self {
+        Self { path: place.path(), mark: mark.clone(), lvm: place.lvm().cloned() }
+    }
+
+    pub fn place(&self) -> PoolPlace {
+        match &self.lvm {
+            Some(place) => PoolPlace::Lvm(place.clone()),
+            None => PoolPlace::Directory(self.path.clone()),
+        }
+    }
 }
 
 fn file_name(pool: &ObjectName) -> String {
@@ -90,7 +106,7 @@ pub fn register(state_dir: &Path, pool: &ObjectName, entry: &IndexEntry) -> Resu
     for name in directory::regular_names(&directory).map_err(failed)? {
         let old = name.ends_with(".json") && name != file_name(pool);
         let Some(Ok(Some(old))) = old.then(|| read(&directory, &name)) else { continue };
-        if old.path == entry.path && old.mark.set == entry.mark.set {
+        if old.place() == entry.place() && old.mark.set == entry.mark.set {
             remove(&directory, &name).map_err(failed)?;
         }
     }

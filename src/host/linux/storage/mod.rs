@@ -11,6 +11,7 @@ pub(in crate::host::linux) mod directory;
 pub mod header;
 mod image;
 mod index;
+mod lvm;
 mod owner;
 mod qcow2;
 mod resize;
@@ -34,7 +35,7 @@ use self::index::IndexEntry;
 use self::volume::Target;
 use super::ofd::Lock;
 use crate::host::error::{ObserveError, StepError};
-use crate::host::snapshot::{FileFacts, ImageHeader, Observed, Pool};
+use crate::host::snapshot::{FileFacts, ImageHeader, Observed, Pool, PoolPlace};
 use crate::host::{Scope, Step};
 use crate::name::{Mark, ObjectName};
 
@@ -75,21 +76,37 @@ impl Storage {
     /// are, wherever its manifest says by now.
     pub fn observe(&self, scope: &Scope) -> (Pools, Files) {
         let mut pools = Pools::new();
-        let declared: BTreeMap<&ObjectName, &PathBuf> =
-            scope.pools.iter().map(|(name, path)| (name, path)).collect();
+        let declared: BTreeMap<&ObjectName, &PoolPlace> =
+            scope.pools.iter().map(|(name, place)| (name, place)).collect();
         let registered = index::entries(&self.state_dir);
         let names: BTreeSet<&ObjectName> =
             declared.keys().copied().chain(registered.iter().flat_map(BTreeMap::keys)).collect();
+        // One report for all, and none where no pool asks for it.
+        let mut report = None;
         for name in names {
             let entry = match &registered {
                 Ok(entries) => entries.get(name).cloned().transpose(),
                 Err(error) => Err(error.clone()),
             };
-            let pool = match (entry, declared.get(name)) {
-                (Ok(Some(entry)), _) => scan::pool(&entry.path, Some(entry.mark)),
-                (Ok(None), Some(path)) => scan::pool(path, None),
+            let (place, registered) = match (entry, declared.get(name)) {
+                (Ok(Some(entry)), _) => (entry.place(), Some(entry.mark)),
+                (Ok(None), Some(place)) => ((*place).clone(), None),
                 (Ok(None), None) => continue,
-                (Err(error), _) => Err(error),
+                (Err(error), _) => {
+                    pools.insert(name.clone(), Err(error));
+                    continue;
+                }
+            };
+            let pool = match place {
+                PoolPlace::Directory(path) => scan::pool(&path, registered),
+                PoolPlace::Lvm(place) => {
+                    let devices = scope.devices.get(name).map(Vec::as_slice).unwrap_or_default();
+                    let report = report.get_or_insert_with(lvm::Report::take);
+                    report
+                        .as_ref()
+                        .map_err(Clone::clone)
+                        .map(|report| lvm::pool(report, &place, registered, devices))
+                }
             };
             pools.insert(name.clone(), pool);
         }
@@ -120,6 +137,7 @@ impl Storage {
             }
             Step::RetainVolume { pool_path, file, mark } => volume::retain(&Target { pool_path, file, mark }),
             Step::TrashVolume { pool_path, file, mark } => trash::volume(&Target { pool_path, file, mark }),
+            Step::Lvm(step) => lvm::run(step, &self.state_dir, hook),
             other => Err(StepError::failed(format!("run {other:?}"), "it is not a step of storage")),
         }
     }
@@ -148,7 +166,8 @@ impl Storage {
             Err(errno) => return Err(StepError::failed(what(), directory::pool_errno(errno))),
         }
         // Registered first: what a crash leaves half-made is then known of.
-        index::register(&self.state_dir, name, &IndexEntry { path: path.to_owned(), mark: mark.clone() })?;
+        let place = PoolPlace::Directory(path.to_owned());
+        index::register(&self.state_dir, name, &IndexEntry::new(&place, mark))?;
         let pool = PoolDirectory::prepare(path)?;
         let failed = |errno: Errno| StepError::failed(what(), errno);
         pool.clean_leftovers().map_err(failed)?;
@@ -182,7 +201,13 @@ impl Storage {
     fn registered_paths(&self) -> Result<Vec<PathBuf>, StepError> {
         let failed = |error: ObserveError| StepError::failed("look for pools that may need the image", error);
         let entries = index::entries(&self.state_dir).map_err(failed)?;
-        entries.into_values().map(|entry| entry.map(|entry| entry.path).map_err(failed)).collect()
+        let mut paths = Vec::new();
+        for entry in entries.into_values() {
+            if let PoolPlace::Directory(path) = entry.map_err(failed)?.place() {
+                paths.push(path);
+            }
+        }
+        Ok(paths)
     }
 }
 
@@ -190,6 +215,9 @@ impl Storage {
 /// belongs to the open file description: it holds until the last copy of the descriptor is closed,
 /// in whatever process that is.
 pub fn open_disk(path: &Path, read_only: bool) -> Result<OwnedFd, StepError> {
+    if path.starts_with("/dev") {
+        return lvm::open_disk(path, read_only);
+    }
     let what = format!("open the disk {}", path.display());
     let (access, kind) =
         if read_only { (OFlags::RDONLY, Lock::Shared) } else { (OFlags::RDWR, Lock::Exclusive) };

@@ -29,7 +29,7 @@ pub fn pool(path: &Path, registered: Option<Mark>) -> Observed<Pool> {
             return Err(ObserveError::new(what, directory::pool_errno(errno)));
         }
     };
-    Ok(Pool { path: path.to_owned(), directory, registered })
+    Ok(Pool { path: path.to_owned(), directory, registered, lvm: None })
 }
 
 fn facts(path: &Path, root: &OwnedFd) -> Observed<DirectoryFacts> {
@@ -137,6 +137,8 @@ fn file(
         header: header::of_file(&file, size_bytes)?,
         reclaim_delete: marks.reclaim_delete,
         sha256: marks.sha256,
+        half_made: false,
+        inactive: false,
     }))
 }
 

@@ -32,7 +32,8 @@ pub struct Disk {
     pub read_only: Option<bool>,
     /// Where written data may linger. `writeback`: in the host's page cache until the guest flushes.
     /// `direct`: past the host's page cache. `writethrough`: each write is on the disk before the guest
-    /// hears of it. `unsafe`: flushes are ignored, for data that a crash of the host may take. Default: writeback.
+    /// hears of it. `unsafe`: flushes are ignored, for data that a crash of the host may take. Default: writeback;
+    /// on a volume of a thin pool direct, so that a full pool holds the guest up and loses nothing.
     pub cache: Option<Cache>,
     /// Queues, 1 to 8. Default: with machine pci one for each vCPU, at most 4; with machine micro 1.
     #[schemars(range(min = 1, max = 8))]
@@ -213,12 +214,12 @@ impl Disk {
         let pointer = format!("/disks/{index}");
         let name = device_name(self.name, "disk", index, &pointer, names, problems);
         let volume = problems.take(&format!("{pointer}/volume"), ObjectName::parse(&self.volume));
-        let cache = match self.cache {
-            None | Some(Cache::Writeback) => CacheMode::Writeback,
-            Some(Cache::Direct) => CacheMode::Direct,
-            Some(Cache::Writethrough) => CacheMode::Writethrough,
-            Some(Cache::Unsafe) => CacheMode::Unsafe,
-        };
+        let cache = self.cache.map(|cache| match cache {
+            Cache::Writeback => CacheMode::Writeback,
+            Cache::Direct => CacheMode::Direct,
+            Cache::Writethrough => CacheMode::Writethrough,
+            Cache::Unsafe => CacheMode::Unsafe,
+        });
         let queues = self.queues.unwrap_or(match machine {
             MachineKind::Pci => u16::from(cpus).min(DEFAULT_DISK_QUEUES_MAX),
             // Its queues share one interrupt: a second one gains nothing.
