@@ -8,7 +8,7 @@ use objects::*;
 use serde_json::{Value, json};
 use vmctl::execute::execute;
 use vmctl::host::sim::{Faults, SimGroup, SimHost, SimThinPool, SimVolume, logical_file};
-use vmctl::host::snapshot::{DeviceFacts, ThinFacts};
+use vmctl::host::snapshot::{BootFacts, BootSignature, DeviceFacts, ThinFacts};
 use vmctl::host::{Host, Step};
 use vmctl::name::LvmName;
 use vmctl::plan::{Plan, Policy, Removal, plan};
@@ -349,4 +349,33 @@ fn dying_at_any_step_converges() {
         deaths += 1;
     }
     assert!(deaths >= 7, "{deaths}");
+}
+
+#[test]
+fn a_blank_volume_is_no_disk_to_boot_from_whatever_its_pool() {
+    let host = group_host();
+    let mut declared = without(&linear_and_thin(), &["Volume/copy"]);
+    declared.insert(id("Volume/plain"), volume("cache", "1Gi", json!({})));
+    let web =
+        |volume: &str| json!({"memory": "256Mi", "boot": {"disk": "disk0"}, "disks": [{"volume": volume}]});
+    for blank in ["data", "plain"] {
+        declared.insert(id("VirtualMachine/web"), web(blank));
+        let text = says(&diff(&declared, &host, &Policy::default()));
+        assert!(text.contains(&format!("NotBootable: Volume/{blank} has no partition table")), "{text}");
+    }
+    // Nor is it once it is there. One from an image is.
+    declared.remove(&id("VirtualMachine/web"));
+    converge(&declared, &host, &Policy::default());
+    for (volume, blank) in [("data", true), ("plain", true), ("root", false)] {
+        declared.insert(id("VirtualMachine/web"), web(volume));
+        let text = says(&diff(&declared, &host, &Policy::default()));
+        assert_eq!(text.contains("NotBootable"), blank, "{text}");
+    }
+    // What a guest, or anybody, has put there counts.
+    host.edit_groups(|groups| {
+        let data = groups.get_mut(&name("vg0")).unwrap().volumes.get_mut("data").unwrap();
+        data.file.boot = Some(BootFacts { signature: BootSignature::Gpt, file_system: false });
+    });
+    declared.insert(id("VirtualMachine/web"), web("data"));
+    converge(&declared, &host, &Policy::default());
 }

@@ -302,12 +302,41 @@ pub struct PoolFile {
     pub reclaim_delete: bool,
     /// An image's verified digest, as stored when it was imported.
     pub sha256: Option<String>,
+    /// What its first sectors say to who would boot from it. `None`: that can't be told by a glance.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot: Option<BootFacts>,
     /// A logical volume whose maker died before it was whole: it is made anew.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub half_made: bool,
     /// A logical volume without a device: nothing can open it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub inactive: bool,
+}
+
+/// Whether there is anything to boot from: told by signatures alone, for what lies behind them is hostile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootFacts {
+    pub signature: BootSignature,
+    /// It begins with a file system of the kind that is booted from without a partition table (ext2/3/4).
+    pub file_system: bool,
+}
+
+impl BootFacts {
+    /// Of a volume of zeroes.
+    pub const BLANK: Self = Self { signature: BootSignature::None, file_system: false };
+
+    pub fn is_bootable(self) -> bool {
+        self.signature != BootSignature::None || self.file_system
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BootSignature {
+    /// The boot sector's 55 AA: a partition table, or the boot sector of a file system (FAT).
+    Mbr,
+    Gpt,
+    None,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -74,6 +74,8 @@ fn digest(snapshot: &Snapshot, interesting: &BTreeSet<LinkName>) -> String {
             directory.capacity_bytes = 0;
             for file in directory.files.values_mut().chain(directory.images.values_mut()) {
                 file.allocated_bytes = 0;
+                // A guest's doing.
+                file.boot = None;
                 if file.mark.is_none() && file.retained.is_none() {
                     file.size_bytes = 0;
                 }

@@ -189,6 +189,10 @@ fn describe(object: &Object, style: Style) -> String {
             page.line("Allocation", size(volume.allocated_bytes));
             page.maybe("Backing file", volume.backing.as_ref().map(|path| path.display()));
             page.line("Reclaim policy", volume.reclaim_policy);
+            page.maybe(
+                "Boot signature",
+                volume.boot_signature.map(|found| format!("{found:?}").to_lowercase()),
+            );
             page.list("Used by", &volume.used_by);
             page.line("In use now", if volume.running { "yes" } else { "no" });
             if let Some(why) = &volume.unusable {

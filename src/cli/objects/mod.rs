@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::host::error::ObserveError;
+use crate::host::snapshot::BootSignature;
 use crate::host::snapshot::{GroupFacts, Link, LinkKind, Pool, PoolFile, Snapshot, ThinFacts, VlanProtocol};
 use crate::kinds::virtual_machine::compare::owner;
 use crate::name::{Kind, LinkName, Mark, ObjectId, ObjectName, SetName};
@@ -128,6 +129,9 @@ pub struct VolumeStatus {
     pub used_by: Vec<ObjectId>,
     pub running: bool,
     pub reclaim_policy: &'static str,
+    /// What is there to boot from. Not there where it can't be told by a glance.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub boot_signature: Option<BootSignature>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub unusable: Option<String>,
 }
@@ -353,6 +357,7 @@ fn volume_status(
         backing: facts.header.backing.clone(),
         used_by,
         running,
+        boot_signature: facts.boot.map(|boot| boot.signature),
         reclaim_policy: if facts.reclaim_delete { "Delete" } else { "Retain" },
         unusable: if facts.half_made {
             Some("its making was cut short; apply again".to_owned())

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::State;
 use crate::host::snapshot::{
-    Capability, ImageHeader, Link, LinkKind, Pool, PoolDirectory, PoolFile, PortFacts, VlanFlags,
+    BootFacts, Capability, ImageHeader, Link, LinkKind, Pool, PoolDirectory, PoolFile, PortFacts, VlanFlags,
 };
 use crate::host::step::{ImageFile, LinkChange, NewLink, NewLinkKind, NewVolume, NewVolumeContent};
 use crate::host::{Step, StepError};
@@ -82,6 +82,7 @@ impl State {
                     header: facts.header,
                     reclaim_delete: false,
                     sha256: Some(sha256.to_string()),
+                    boot: None,
                     half_made: false,
                     inactive: false,
                 };
@@ -404,6 +405,7 @@ impl State {
             },
             reclaim_delete: new.reclaim_delete,
             sha256: None,
+            boot: (new.content == NewVolumeContent::Blank).then_some(BootFacts::BLANK),
             half_made: false,
             inactive: false,
         };

@@ -7,7 +7,8 @@ use super::State;
 use super::apply::{Done, failed, not_ours};
 use crate::host::StepError;
 use crate::host::snapshot::{
-    DeviceFacts, GroupFacts, ImageHeader, LvmPlace, LvmPool, Pool, PoolDirectory, PoolFile, ThinFacts,
+    BootFacts, DeviceFacts, GroupFacts, ImageHeader, LvmPlace, LvmPool, Pool, PoolDirectory, PoolFile,
+    ThinFacts,
 };
 use crate::host::step::{LogicalContent, LvmStep, NewLogicalVolume, NewLvmPool};
 use crate::name::{LvmName, Mark, ObjectName};
@@ -74,6 +75,7 @@ pub fn logical_file(bytes: u64) -> PoolFile {
         },
         reclaim_delete: false,
         sha256: None,
+        boot: Some(BootFacts::BLANK),
         half_made: false,
         inactive: false,
     }
@@ -339,6 +341,7 @@ impl State {
         let file = PoolFile {
             mark: Some(new.mark.clone()),
             reclaim_delete: new.reclaim_delete,
+            boot: (new.content == LogicalContent::Blank).then_some(BootFacts::BLANK),
             ..logical_file(bytes)
         };
         let volume = SimVolume { thin_pool: place.thin_pool.clone(), file };

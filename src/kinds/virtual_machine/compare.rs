@@ -296,7 +296,9 @@ impl<'a> Compare<'a> {
                 return Err(Blocker::lacks(capability, how));
             }
         }
-        let Boot::Kernel { kernel, initrd, .. } = &self.want.boot else { return Ok(()) };
+        let Boot::Kernel { kernel, initrd, .. } = &self.want.boot else {
+            return super::bootable::check(self.want, self.context);
+        };
         for (field, path) in
             std::iter::once(("boot.kernel", kernel)).chain(initrd.iter().map(|path| ("boot.initrd", path)))
         {

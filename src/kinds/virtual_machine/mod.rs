@@ -1,5 +1,6 @@
 //! VirtualMachine: a guest, its devices, and when it runs.
 
+mod bootable;
 pub mod changes;
 pub mod compare;
 mod definition;

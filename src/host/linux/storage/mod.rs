@@ -6,6 +6,7 @@
 //! This room never formats a device, never follows a path that an image names, and never removes
 //! what carries no mark of ours.
 
+mod boot;
 mod copy;
 pub(in crate::host::linux) mod directory;
 pub mod header;

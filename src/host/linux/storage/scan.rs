@@ -8,8 +8,8 @@ use rustix::fs::{CWD, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
 use super::directory::{self, PRIVATE, Place};
-use super::header;
 use super::owner::{self, MarkStore, Marks};
+use super::{boot, header};
 use crate::host::error::ObserveError;
 use crate::host::linux::ofd;
 use crate::host::snapshot::{FileFacts, Observed, Pool, PoolDirectory as DirectoryFacts, PoolFile};
@@ -129,12 +129,14 @@ fn file(
         (MarkStore::Sidecar, None) => Marks::default(),
     };
     let size_bytes = stat.st_size as u64;
+    let header = header::of_file(&file, size_bytes)?;
     Ok(Some(PoolFile {
+        boot: boot::of_image(&file, &header)?,
         mark: marks.owner,
         retained: marks.retained,
         size_bytes,
         allocated_bytes: stat.st_blocks as u64 * 512,
-        header: header::of_file(&file, size_bytes)?,
+        header,
         reclaim_delete: marks.reclaim_delete,
         sha256: marks.sha256,
         half_made: false,

@@ -20,7 +20,7 @@ pub use self::device::open_disk;
 pub use self::report::Report;
 use self::report::{Group, LogicalVolume, Shape};
 use super::index::{self, IndexEntry};
-use super::{ProgressHook, directory};
+use super::{ProgressHook, boot, directory};
 use crate::host::error::StepError;
 use crate::host::snapshot::{
     DeviceFacts, ImageHeader, LvmPlace, LvmPool, Observed, Pool, PoolDirectory, PoolFile, PoolPlace,
@@ -78,18 +78,22 @@ fn contents(group: &Group, place: &LvmPlace) -> Option<PoolDirectory> {
         }
     };
     let here = group.volumes.iter().filter(|(_, volume)| Group::holds(place, volume));
-    let files = here.map(|(name, volume)| (name.clone(), file(volume))).collect();
+    let files = here.map(|(name, volume)| (name.clone(), file(volume, &place.device(name)))).collect();
     Some(PoolDirectory { mark, capacity_bytes, available_bytes, files, images: BTreeMap::new() })
 }
 
-fn file(volume: &LogicalVolume) -> PoolFile {
+fn file(volume: &LogicalVolume, device: &Path) -> PoolFile {
     // What was added and isn't zeroed yet is not there yet.
     let size_bytes = volume.tags.growing_from_bytes.unwrap_or(volume.bytes).min(volume.bytes);
     let allocated_bytes = match volume.shape {
         Shape::Thin { .. } => volume.bytes / 10_000 * u64::from(volume.data_used),
         _ => volume.bytes,
     };
+    // Ours alone: what others keep is not looked into.
+    let looked_into = volume.active && volume.tags.owner.is_some() && volume.failing.is_none();
+    let opened = looked_into.then(|| device::open(device, false, false).ok()).flatten();
     PoolFile {
+        boot: opened.and_then(|file| boot::of_raw(&file).ok()),
         mark: volume.tags.owner.clone(),
         retained: volume.tags.retained.clone(),
         size_bytes,
