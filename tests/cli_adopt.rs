@@ -114,7 +114,7 @@ WARNING: THIS IS AN AUTO-GENERATED FILE.
   </target>
 </pool>
 ";
-const LOGICAL: &str = "<pool type='logical'><name>vg0</name><source><name>vg0</name></source><target><path>/dev/vg0</path></target></pool>";
+const FAR: &str = "<pool type='netfs'><name>far</name><target><path>/far</path></target></pool>";
 /// As Debian's libvirt-daemon-config-network has it.
 const NETWORK: &str = "<network>
   <name>default</name>
@@ -180,7 +180,7 @@ const BROKEN: &str = "<domain type='kvm'><name>old</name><memory>1</memory><devi
 fn libvirts_files_become_manifests_with_what_they_cannot_say() {
     let ground = Ground::new();
     ground.write("libvirt/storage/default.xml", POOL);
-    ground.write("libvirt/storage/vg0.xml", LOGICAL);
+    ground.write("libvirt/storage/far.xml", FAR);
     ground.write("libvirt/qemu/networks/default.xml", NETWORK);
     ground.write("libvirt/qemu/networks/lan.xml", HOST_BRIDGE);
     ground.write("libvirt/qemu/Web_01.xml", DOMAIN);
@@ -205,7 +205,7 @@ fn libvirts_files_become_manifests_with_what_they_cannot_say() {
     let adopted = ground.expect(1, "adopt --libvirt libvirt -o manifests");
     assert_eq!(look(), before, "nothing was changed");
     for said in [
-        "left out: libvirt's pool vg0 (libvirt/storage/vg0.xml): pools of type logical are not read yet",
+        "left out: libvirt's pool far (libvirt/storage/far.xml): pools of type netfs are not read yet",
         "bomb.xml: it can't be read as XML",
         "libvirt's domain old (libvirt/qemu/old.xml): its disk hda (/elsewhere/old.img) is no volume that is adopted here",
         "libvirt's domain old (libvirt/qemu/old.xml): its NIC 0: NICs of type direct have no bridge",

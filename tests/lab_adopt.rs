@@ -14,8 +14,8 @@ fn vlans_made_by_hand_are_written_as_they_are_and_adopted() {
         return;
     }
     for command in [
-        "ip link add eth7 type veth peer name far7 && ip link set eth7 up",
-        "ip link add eth8 type veth peer name far8 && ip link set eth8 up",
+        "ip link add eth7 type veth peer name far7 && ip link set far7 up && ip link set eth7 up",
+        "ip link add eth8 type veth peer name far8 && ip link set far8 up && ip link set eth8 up",
         "ip link add brvlan10 type bridge && ip link set brvlan10 up",
         "ip link add link eth7 name eth7.10 type vlan id 10 && ip link set eth7.10 master brvlan10 up",
         "ip link add link eth7 name lan20 mtu 1400 type vlan id 20 && ip addr add 192.0.2.1/24 dev lan20 && ip link set lan20 up",
@@ -25,8 +25,8 @@ fn vlans_made_by_hand_are_written_as_they_are_and_adopted() {
     ] {
         run(command);
     }
-    std::thread::sleep(std::time::Duration::from_millis(500));
-    let look = || run("ip -d -o link | sed -E 's/[a-z_]*timer +[0-9.]+//g'; ip -o addr; bridge vlan");
+    std::thread::sleep(std::time::Duration::from_secs(4));
+    let look = || run("ip -d -o link | sed -E 's/[a-z_]*timer +[0-9.]+//g'; ip -o -4 addr; bridge vlan");
     let before = look();
     let adopted = shell("vmctl adopt -o /tmp/manifests");
     println!("{}\n{}", said(&adopted), run("cat /tmp/manifests/*"));

@@ -1,4 +1,4 @@
-//! Directories of images, as pools with volumes.
+//! Directories of images, volume groups and thin pools, as pools with volumes.
 
 use std::path::Path;
 
@@ -20,8 +20,16 @@ pub fn find(snapshot: &Snapshot, name: &ObjectName, adoption: &mut Adoption) {
     if let Some(mark) = &pool.registered {
         return adoption.leave(what, format!("it is {} of set {} already", mark.owner, mark.set));
     }
-    let Some(directory) = &pool.directory else { return adoption.leave(what, "there is no such directory") };
-    let spec = json!({ "directory": { "path": pool.path } });
+    let Some(directory) = &pool.directory else { return adoption.leave(what, "it is not there") };
+    let spec = match &pool.lvm {
+        None => json!({ "directory": { "path": pool.path } }),
+        Some(lvm) => match &lvm.place.thin_pool {
+            None => json!({ "lvm": { "volumeGroup": lvm.place.group.as_str() } }),
+            Some(thin) => json!({
+                "lvmThin": { "volumeGroup": lvm.place.group.as_str(), "thinPool": thin.as_str() }
+            }),
+        },
+    };
     adoption.add(Kind::StoragePool, name.as_str(), spec, Vec::new());
     for (file, facts) in &directory.files {
         volume(name, pool, file, facts, adoption);
@@ -40,6 +48,9 @@ fn volume(pool_name: &ObjectName, pool: &Pool, file: &str, facts: &PoolFile, ado
     }
     if let Some(why) = &header.unusable {
         return leave(adoption, why);
+    }
+    if pool.lvm.is_some() {
+        return logical_volume(pool_name, (&what, file), facts, adoption);
     }
     let stem = Path::new(file).file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
     let name = match ObjectName::parse(stem) {
@@ -72,6 +83,32 @@ fn volume(pool_name: &ObjectName, pool: &Pool, file: &str, facts: &PoolFile, ado
             DiskFormat::Qcow2 => serde_json::Value::Null,
         },
         "capacity": ByteSize(header.virtual_size_bytes).to_string(),
+    });
+    adoption.add(Kind::Volume, name.as_str(), spec, notes);
+}
+
+fn logical_volume(pool: &ObjectName, (what, file): (&str, &str), facts: &PoolFile, adoption: &mut Adoption) {
+    let taken = |name: &ObjectName| {
+        adoption.objects.iter().any(|found| found.id.kind == Kind::Volume && found.id.name == *name)
+    };
+    let name = match ObjectName::parse(file) {
+        Ok(name) if taken(&name) => {
+            return adoption.leave(what, format!("Volume/{name} is in another pool already"));
+        }
+        Ok(name) => name,
+        Err(error) => {
+            let hint = format!("{error}; `lvrename` gives it another name, {} for one", super::label(file));
+            return adoption.leave(what, hint);
+        }
+    };
+    let mut notes = Vec::new();
+    if facts.inactive {
+        notes.push("it is not active: nothing can open it before `lvchange -ay`".to_owned());
+    }
+    let spec = json!({
+        "pool": pool.as_str(),
+        "format": "raw",
+        "capacity": ByteSize(facts.header.virtual_size_bytes).to_string(),
     });
     adoption.add(Kind::Volume, name.as_str(), spec, notes);
 }

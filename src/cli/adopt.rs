@@ -13,17 +13,17 @@ use super::error::{CliError, Result};
 use super::exit::Exit;
 use super::session::Session;
 use crate::adopt::{self, Adoption, Found, libvirt};
-use crate::host::snapshot::PoolPlace;
+use crate::host::snapshot::{LvmPlace, PoolPlace};
 use crate::host::{Host, Scope};
 use crate::kinds::action::Verb;
-use crate::name::{Kind, ObjectName};
+use crate::name::{Kind, LvmName, ObjectName};
 
 /// One of libvirt's files. Domains with hundreds of devices take some tens of KiB.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// Write manifests for what this host has already
 ///
-/// Bridges with their ports and VLANs, VLAN devices, directories of disk images, and libvirt's pools, networks and
+/// Bridges with their ports and VLANs, VLAN devices, directories of disk images, volume groups, and libvirt's pools, networks and
 /// domains. Nothing on the host is changed, and nothing is adopted before `vmctl apply` is run on these manifests:
 /// then what already is as they say gets vmctl's mark.
 ///
@@ -34,12 +34,16 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 Examples:
   vmctl adopt                                         bridges and VLAN devices, to stdout
   vmctl adopt --pool /srv/images -o manifests/
+  vmctl adopt --volume-group vg0 --volume-group vg0/thin0
   vmctl adopt --libvirt -o manifests/                 and all that /etc/libvirt describes
   vmctl adopt -o manifests/ && vmctl diff -f manifests/")]
 pub struct Command {
     /// A directory of disk images, as a pool; may be repeated
     #[arg(long = "pool", value_name = "DIR", value_hint = clap::ValueHint::DirPath)]
     pools: Vec<PathBuf>,
+    /// A volume group, or a thin pool in one, as a pool; may be repeated
+    #[arg(long = "volume-group", value_name = "GROUP[/THINPOOL]", value_parser = parse_group)]
+    groups: Vec<LvmPlace>,
     /// Read libvirt's files, too
     #[arg(long, value_name = "DIR", num_args = 0..=1, default_missing_value = "/etc/libvirt",
           value_hint = clap::ValueHint::DirPath)]
@@ -58,10 +62,9 @@ impl Command {
             Some(directory) => read_libvirt(directory)?,
             None => libvirt::Files::default(),
         };
-        let pools = self.pools(libvirt::pool_directories(&files, &mut early), &early)?;
+        let pools = self.pools(libvirt::pool_places(&files, &mut early), &early)?;
         let names: Vec<ObjectName> = pools.iter().map(|(name, _)| name.clone()).collect();
         let host = session.host();
-        let pools = pools.into_iter().map(|(name, path)| (name, PoolPlace::Directory(path))).collect();
         let snapshot = host.snapshot(&Scope { pools, ..Scope::default() });
         let mut adoption = adopt::host(&snapshot, &names);
         libvirt::find(&files, &snapshot, &mut adoption);
@@ -95,33 +98,40 @@ impl Command {
     /// The pools to look at, by the names that their objects will have.
     fn pools(
         &self,
-        of_libvirt: Vec<(String, PathBuf)>,
+        of_libvirt: Vec<(String, PoolPlace)>,
         names: &Adoption,
-    ) -> Result<Vec<(ObjectName, PathBuf)>> {
-        let mut pools: Vec<(ObjectName, PathBuf)> = Vec::new();
+    ) -> Result<Vec<(ObjectName, PoolPlace)>> {
+        let mut pools: Vec<(ObjectName, PoolPlace)> = Vec::new();
         if let Some(path) = self.pools.iter().find(|path| !path.is_dir()) {
             return Err(CliError::usage(format!("{} is not a directory", path.display())));
         }
-        let named = self.pools.iter().map(|path| {
-            let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+        let directories = self.pools.iter().map(|path| {
+            let path: PathBuf = std::path::absolute(path).unwrap_or_else(|_| path.clone());
             let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            (name, path)
+            (name, PoolPlace::Directory(path))
+        });
+        let groups = self.groups.iter().map(|place| {
+            let thin = place.thin_pool.iter().map(|thin| format!("-{thin}")).collect::<String>();
+            (format!("{}{thin}", place.group), PoolPlace::Lvm(place.clone()))
         });
         // libvirt's names first: they are what people know the pools by.
-        for (name, path) in of_libvirt.into_iter().chain(named) {
-            let path: PathBuf = path.components().collect();
-            if pools.iter().any(|(_, known)| *known == path) {
+        for (name, place) in of_libvirt.into_iter().chain(directories).chain(groups) {
+            let place = match place {
+                PoolPlace::Directory(path) => PoolPlace::Directory(path.components().collect()),
+                group => group,
+            };
+            if pools.iter().any(|(_, known)| *known == place) {
                 continue;
             }
             let taken = |name: &ObjectName| pools.iter().any(|(known, _)| known == name);
-            let mut name = names.free_name(Kind::StoragePool, &name);
+            let mut free = names.free_name(Kind::StoragePool, &name);
             for number in 2.. {
-                if !taken(&name) {
+                if !taken(&free) {
                     break;
                 }
-                name = names.free_name(Kind::StoragePool, &format!("{name}-{number}"));
+                free = names.free_name(Kind::StoragePool, &format!("{name}-{number}"));
             }
-            pools.push((name, path));
+            pools.push((free, place));
         }
         Ok(pools)
     }
@@ -201,4 +211,14 @@ fn read_xml(directory: &Path) -> Result<Vec<(PathBuf, String)>> {
         files.push((path, text));
     }
     Ok(files)
+}
+
+/// `vg0` or `vg0/thin0`.
+fn parse_group(text: &str) -> std::result::Result<LvmPlace, String> {
+    let (group, thin_pool) = match text.split_once('/') {
+        Some((group, thin_pool)) => (group, Some(thin_pool)),
+        None => (text, None),
+    };
+    let name = |text: &str| LvmName::parse(text).map_err(|error| error.to_string());
+    Ok(LvmPlace { group: name(group)?, thin_pool: thin_pool.map(name).transpose()? })
 }

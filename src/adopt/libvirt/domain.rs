@@ -290,11 +290,15 @@ impl Reader<'_> {
     fn volume_at(&self, path: &Path) -> Option<(ObjectName, DiskFormat)> {
         let pools = self.adoption.objects.iter().filter(|found| found.id.kind == Kind::StoragePool);
         for pool in pools {
-            let Some(directory) = pool.spec.pointer("/directory/path").and_then(Value::as_str) else {
-                continue;
-            };
-            if path.parent() == Some(Path::new(directory)) {
-                return self.volume_in(pool.id.name.as_str(), path.file_name()?.to_str()?);
+            let text = |pointer| pool.spec.pointer(pointer).and_then(Value::as_str);
+            let group = text("/lvm/volumeGroup").or(text("/lvmThin/volumeGroup"));
+            let group = group.map(|group| format!("/dev/{group}"));
+            let Some(directory) = text("/directory/path").map(str::to_owned).or(group) else { continue };
+            if path.parent() == Some(Path::new(&directory)) {
+                let found = self.volume_in(pool.id.name.as_str(), path.file_name()?.to_str()?);
+                if found.is_some() {
+                    return found;
+                }
             }
         }
         None
@@ -309,7 +313,8 @@ impl Reader<'_> {
                 let raw = found.spec.get("format").and_then(Value::as_str) == Some("raw");
                 (found.id.name.clone(), if raw { DiskFormat::Raw } else { DiskFormat::Qcow2 })
             })
-            .find(|(name, format)| Pool::volume_file(name, *format) == file)
+            // A logical volume has its name alone.
+            .find(|(name, format)| name.as_str() == file || Pool::volume_file(name, *format) == file)
     }
 
     fn boot(&mut self, root: Node, disks: &[String]) {

@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use roxmltree::{Document, Node};
 
 use super::Adoption;
-use crate::host::snapshot::Snapshot;
-use crate::name::{Kind, ObjectName};
+use crate::host::snapshot::{LvmPlace, PoolPlace, Snapshot};
+use crate::name::{Kind, LvmName, ObjectName};
 
 /// The files' texts, each with the path to be named in reasons.
 #[derive(Clone, Debug, Default)]
@@ -22,8 +22,8 @@ pub struct Files {
     pub domains: Vec<(PathBuf, String)>,
 }
 
-/// Directories of the pools that can be adopted, with libvirt's names for them.
-pub fn pool_directories(files: &Files, adoption: &mut Adoption) -> Vec<(String, PathBuf)> {
+/// Where the pools are that can be adopted, with libvirt's names for them.
+pub fn pool_places(files: &Files, adoption: &mut Adoption) -> Vec<(String, PoolPlace)> {
     let mut found = Vec::new();
     for (file, text) in &files.pools {
         let Some(document) = parse(file, text, adoption) else { continue };
@@ -33,11 +33,26 @@ pub fn pool_directories(files: &Files, adoption: &mut Adoption) -> Vec<(String, 
         let path = root.descendants().find(|node| node.has_tag_name("target"));
         let path = path.and_then(|target| text_of(target, "path"));
         match (root.attribute("type"), path) {
-            (Some("dir"), Some(path)) => found.push((name.to_owned(), PathBuf::from(path))),
+            (Some("dir"), Some(path)) => {
+                found.push((name.to_owned(), PoolPlace::Directory(PathBuf::from(path))))
+            }
+            (Some("logical"), _) => {
+                let source = child(root, "source").and_then(|source| text_of(source, "name"));
+                match LvmName::parse(source.unwrap_or(name)) {
+                    Ok(group) => {
+                        let place = LvmPlace { group, thin_pool: None };
+                        found.push((name.to_owned(), PoolPlace::Lvm(place)));
+                    }
+                    Err(error) => adoption.leave(what, error.to_string()),
+                }
+            }
             (Some("dir"), None) => adoption.leave(what, "it says no path"),
             (kind, _) => {
                 let kind = kind.unwrap_or("without a type");
-                adoption.leave(what, format!("pools of type {kind} are not read yet; directories are"));
+                adoption.leave(
+                    what,
+                    format!("pools of type {kind} are not read yet; directories and volume groups are"),
+                );
             }
         }
     }
