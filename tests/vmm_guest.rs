@@ -10,6 +10,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
+use support::script::{self, Op};
 use support::{RunningVm, Vm, guest, memfd};
 use vmctl::vmm::client::{Control, ControlError, LaunchError};
 use vmctl::vmm::config::{BalloonConfig, DiskConfig, DiskFormat, MachineKind};
@@ -607,4 +608,35 @@ fn an_old_log_is_continued() {
     log.read_to_string(&mut text).unwrap();
     assert_eq!(text, "before\nboot1\n");
     log.flush().unwrap();
+}
+
+/// ACPI says that there are no 8259s, so a guest that boots has not masked them: what they were given then
+/// must not come as an exception.
+#[test]
+fn interrupts_wait_until_the_guest_has_its_interrupt_controller() {
+    const ROUND: usize = 2;
+    let script = [
+        Op::Put(b'B'),
+        // As at the end of a kernel's early start. This guest has no handlers below vector 32.
+        Op::Interrupts(true),
+        Op::Typed,
+        Op::Branch { mask: 0xff, value: 0, target: ROUND },
+        Op::Put(b'Z'),
+        Op::Branch { mask: 0, value: 0, target: ROUND },
+    ];
+    let mut vm = Vm::new(memfd(&script::kernel(&script, &[])), "");
+    vm.launch.config.machine = MachineKind::Pci;
+    let vm = vm.launch(program()).unwrap();
+    let mut console = vm.console();
+    console.expect("B");
+    let control = vm.control();
+    control.command(&Verb::PowerButton).unwrap();
+    let image = memfd(b"");
+    image.set_len(1 << 20).unwrap();
+    let verb = Verb::AddDisk { disk: DiskConfig::new("data", "image", DiskFormat::Raw) };
+    assert_eq!(control.request_with_fd(&verb, image.as_fd()).unwrap(), Response::Done);
+    control.command(&Verb::RemoveDevice { device: "data".into() }).unwrap();
+    console.type_in("x");
+    console.expect("Z");
+    assert_eq!(control.state().unwrap().reboots, 0, "the guest faulted");
 }
