@@ -17,12 +17,15 @@ use crate::name::{Kind, Mark, NameError, ObjectId};
 pub enum Family {
     /// IPv4 and IPv6.
     Inet,
+    /// Frames, before and between ports of bridges.
+    Bridge,
 }
 
 impl Family {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Inet => "inet",
+            Self::Bridge => "bridge",
         }
     }
 }
@@ -41,6 +44,11 @@ impl TableId {
         Self { family: Family::Inet, owner: mark.clone() }
     }
 
+    /// Of what its guests may say that they are.
+    pub fn of_guards(mark: &Mark) -> Self {
+        Self { family: Family::Bridge, owner: mark.clone() }
+    }
+
     pub fn name(&self) -> String {
         format!("vmctl.{}.{}", self.owner.set, self.owner.owner.name)
     }
@@ -49,10 +57,8 @@ impl TableId {
     pub fn parse(family: &str, name: &str) -> Option<Self> {
         let (set, object) = name.strip_prefix("vmctl.")?.split_once('.')?;
         let owner = ObjectId::new(Kind::Network, object.parse().ok()?);
-        match family {
-            "inet" => Some(Self { family: Family::Inet, owner: Mark::new(set.parse().ok()?, owner) }),
-            _ => None,
-        }
+        let family = [Family::Inet, Family::Bridge].into_iter().find(|known| known.as_str() == family)?;
+        Some(Self { family, owner: Mark::new(set.parse().ok()?, owner) })
     }
 }
 
@@ -116,6 +122,20 @@ pub struct Rule {
     pub expr: Vec<Value>,
 }
 
+/// Sets have no order: theirs is that of their text, whoever wrote them.
+pub fn normalise(expression: &mut Value) {
+    match expression {
+        Value::Object(object) => {
+            object.values_mut().for_each(normalise);
+            if let Some(Value::Array(set)) = object.get_mut("set") {
+                set.sort_by_key(Value::to_string);
+            }
+        }
+        Value::Array(list) => list.iter_mut().for_each(normalise),
+        _ => {}
+    }
+}
+
 /// A table as it is in the kernel: its rules have handles, in the chains' order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Listed {
@@ -150,7 +170,8 @@ impl Listed {
                     let chain = listed.table.chains.get_mut(&name);
                     let chain = chain.ok_or_else(|| format!("a rule of the unknown chain {name}"))?;
                     let comment = text("comment").unwrap_or_default();
-                    let expr = value.get("expr").and_then(Value::as_array).cloned().unwrap_or_default();
+                    let mut expr = value.get("expr").and_then(Value::as_array).cloned().unwrap_or_default();
+                    expr.iter_mut().for_each(normalise);
                     chain.rules.push(Rule { comment, expr });
                     let handle = value.get("handle").and_then(Value::as_u64);
                     let handle = handle.ok_or_else(|| "a rule without `handle`".to_owned())?;
@@ -187,23 +208,30 @@ pub fn transaction(id: &TableId, have: Option<&Listed>, want: &Table) -> Vec<Val
         let (have, want) = (have.table.chains.get(name), want.chains.get(name));
         have.zip(want).is_some_and(|(have, want)| hooked_alike(&have.base, &want.base))
     };
-    for name in have.table.chains.keys().filter(|name| !suits(name)) {
+    // A chain that is hooked in elsewhere is made anew; nothing jumps to one.
+    let stays = |name: &&String| want.chains.contains_key(*name);
+    for name in have.table.chains.keys().filter(stays).filter(|name| !suits(name)) {
         commands.chain("flush", name, None);
-    }
-    for name in have.table.chains.keys().filter(|name| !suits(name)) {
         commands.chain("delete", name, None);
     }
+    // Chains before the rules that jump to them, and away with them after.
     for (name, chain) in &want.chains {
-        if suits(name) {
-            if have.table.chains[name].base != chain.base {
-                // The policy alone can be changed in place, and by this.
-                commands.chain("add", name, chain.base.as_ref());
-            }
-            commands.rules(name, &have.table.chains[name].rules, &have.handles[name], &chain.rules);
-        } else {
+        let is_as_it_was = have.table.chains.get(name).is_some_and(|have| have.base == chain.base);
+        if !is_as_it_was {
+            // (Of one that is there this changes the policy.)
             commands.chain("add", name, chain.base.as_ref());
-            commands.rules(name, &[], &[], &chain.rules);
         }
+    }
+    for (name, chain) in &want.chains {
+        let (rules, handles) = match have.table.chains.get(name).filter(|_| suits(name)) {
+            Some(have_chain) => (&have_chain.rules[..], &have.handles[name][..]),
+            None => (&[][..], &[][..]),
+        };
+        commands.rules(name, rules, handles, &chain.rules);
+    }
+    let gone: Vec<&String> = have.table.chains.keys().filter(|name| !stays(name)).collect();
+    for verb in ["flush", "delete"] {
+        gone.iter().for_each(|name| commands.chain(verb, name, None));
     }
     commands.list
 }

@@ -12,7 +12,7 @@ pub use super::facts::{
 };
 pub use super::limits::ProcessLimits;
 pub use super::lvm::{DeviceFacts, GroupFacts, LvmPlace, LvmPool, PoolPlace, ThinFacts};
-pub use super::nftables::{BaseChain, Chain, Family, Rule, Table, TableId};
+pub use super::nftables::{BaseChain, Chain, Family, Rule, Table, TableId, normalise};
 use crate::name::{IpPrefix, LinkName, MacAddress, Mark, ObjectName, VlanId};
 use crate::vmm::config::{DiskFormat, VmConfig};
 use crate::vmm::protocol::{Condition, ConditionKind, ExitRecord, Phase};

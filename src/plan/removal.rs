@@ -152,9 +152,10 @@ impl Finder<'_> {
         if self.context.snapshot.services.as_ref().is_ok_and(|services| services.contains_key(&mark)) {
             action.steps.insert(0, Step::RemoveService { mark: mark.clone() });
         }
-        let table = TableId::of_network(&mark);
-        if self.context.snapshot.tables.as_ref().is_ok_and(|tables| tables.contains_key(&table)) {
-            action.step(Step::DeleteTable { id: table });
+        for id in [TableId::of_network(&mark), TableId::of_guards(&mark)] {
+            if self.context.snapshot.tables.as_ref().is_ok_and(|tables| tables.contains_key(&id)) {
+                action.step(Step::DeleteTable { id });
+            }
         }
         for (family, facts) in self.context.snapshot.forwarding.iter().flatten() {
             if facts.users.contains(&mark) {

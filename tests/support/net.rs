@@ -61,6 +61,10 @@ impl Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
+        // What a test that failed left running.
+        for (mark, _) in self.linux.snapshot(&Default::default()).services.into_iter().flatten() {
+            self.linux.run(&[&vmctl::host::Step::RemoveService { mark }]);
+        }
         let _ = std::fs::remove_dir_all(&self.root);
     }
 }

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use serde::Serialize;
 
 use super::{Finder, LinkStatus, Status, link_status};
-use crate::host::snapshot::{self, Link, Table, TableId};
+use crate::host::snapshot::{self, Family, Link, Table, TableId};
 use crate::name::{LinkName, MacAddress, Mark};
 
 #[derive(Clone, Debug, Serialize)]
@@ -69,7 +69,7 @@ impl Finder<'_> {
             Ok(services) => services,
             Err(error) => return self.unseen.push(error.clone()),
         };
-        for (id, table) in tables {
+        for (id, table) in tables.iter().filter(|(id, _)| id.family == Family::Inet) {
             let service = services.get(&id.owner);
             let bridge = bridge(table);
             let link = bridge.as_ref().and_then(|bridge| Some((bridge, links.get(bridge)?)));

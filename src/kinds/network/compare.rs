@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use super::{Mode, Network, Place, rules, service};
+use super::{Mode, Network, Place, guards, rules, service};
 use crate::host::Step;
-use crate::host::snapshot::{Capability, IpFamily, Rule, Table, TableId};
+use crate::host::snapshot::{Capability, Family, IpFamily, Rule, Table, TableId};
 use crate::kinds::Context;
 use crate::kinds::action::{Action, Blocker, Impact, Verb};
 use crate::kinds::bridge;
@@ -37,7 +37,9 @@ fn compare_all(
     let bridge = place.link(&id.name).map_err(invalid)?;
     let links = links::all(context)?;
     // What guards the network is there before the network, and what lets others in comes last.
-    compare_table(action, want, &bridge, mark, context)?;
+    let guarded = guards::table(id, want, context.declared);
+    compare_table(action, TableId::of_network(mark), Some(rules::table(want, &bridge)), context)?;
+    compare_table(action, TableId::of_guards(mark), guarded, context)?;
     remove_former_bridges(action, id, &place, &bridge, context);
     match &place {
         Place::Own(own) => bridge::compare::compare_link(action, &bridge, own, mark, links, context)?,
@@ -73,24 +75,31 @@ fn summary(want: &Network) -> String {
 
 fn compare_table(
     action: &mut Action,
-    want: &Network,
-    bridge: &LinkName,
-    mark: &Mark,
+    id: TableId,
+    want: Option<Table>,
     context: &Context,
 ) -> Result<(), Blocker> {
     let tables = context.snapshot.tables.as_ref().map_err(Blocker::unseen)?;
-    let (id, table) = (TableId::of_network(mark), rules::table(want, bridge));
-    match tables.get(&id) {
-        Some(have) if *have == table => return Ok(()),
-        Some(have) => differences(action, have, &table),
-        None if context.links_of(&mark.owner).is_empty() => {
+    let have = tables.get(&id);
+    let Some(want) = want else {
+        if have.is_some() {
+            action.differs("nftables", Some(id.to_string()), None, Impact::Live);
+            action.step(Step::DeleteTable { id });
+        }
+        return Ok(());
+    };
+    match have {
+        Some(have) if *have == want => return Ok(()),
+        Some(have) => differences(action, have, &want),
+        None if id.family == Family::Inet && context.links_of(&id.owner.owner).is_empty() => {
             action.verb(Verb::Create, format!("the nftables table {id} is not there"));
         }
+        None if action.verb == Verb::Create => {}
         None => {
             action.differs("nftables", None, Some(id.to_string()), Impact::Live);
         }
     }
-    action.step(Step::SetTable { id, table });
+    action.step(Step::SetTable { id, table: want });
     Ok(())
 }
 

@@ -1,6 +1,7 @@
 //! Network: a bridge with addresses of the host's, and what may pass between it and the world.
 
 pub mod compare;
+mod guards;
 mod rules;
 mod service;
 pub mod wire;

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use serde_json::{Value, json};
 
 use super::{Mode, Network, PortForward};
-use crate::host::snapshot::{BaseChain, Chain, IpFamily, Rule, Table};
+use crate::host::snapshot::{BaseChain, Chain, IpFamily, Rule, Table, normalise};
 use crate::name::{IpPrefix, LinkName};
 
 /// The table of a network whose bridge is `bridge`.
@@ -30,21 +30,22 @@ pub fn table(network: &Network, bridge: &LinkName) -> Table {
     Table { chains, ..Table::default() }
 }
 
-fn base(kind: &str, hook: &str, priority: i64, rules: Vec<Rule>) -> Chain {
+pub(super) fn base(kind: &str, hook: &str, priority: i64, rules: Vec<Rule>) -> Chain {
     let base =
         BaseChain { kind: kind.to_owned(), hook: hook.to_owned(), priority, policy: "accept".to_owned() };
     Chain { base: Some(base), rules }
 }
 
-fn rule(comment: impl Into<String>, expr: Vec<Value>) -> Rule {
+pub(super) fn rule(comment: impl Into<String>, mut expr: Vec<Value>) -> Rule {
+    expr.iter_mut().for_each(normalise);
     Rule { comment: comment.into(), expr }
 }
 
-fn is(left: Value, right: Value) -> Value {
+pub(super) fn is(left: Value, right: Value) -> Value {
     compare("==", left, right)
 }
 
-fn compare(op: &str, left: Value, right: Value) -> Value {
+pub(super) fn compare(op: &str, left: Value, right: Value) -> Value {
     json!({"match": {"op": op, "left": left, "right": right}})
 }
 
@@ -60,7 +61,7 @@ fn field(prefix: IpPrefix, field: &str) -> Value {
     json!({"payload": {"protocol": protocol(prefix.address), "field": field}})
 }
 
-fn within(prefix: IpPrefix) -> Value {
+pub(super) fn within(prefix: IpPrefix) -> Value {
     let network = prefix.network();
     json!({"prefix": {"addr": network.address.to_string(), "len": network.prefix_len}})
 }

@@ -75,6 +75,8 @@ pub struct Interface {
     pub attachment: Attachment,
     /// Those that the guest has in its network.
     pub addresses: BTreeSet<IpAddr>,
+    /// In its network the guest may only be who it is.
+    pub anti_spoofing: bool,
     /// `None`: [`default_mac`].
     pub mac_address: Option<MacAddress>,
     /// `None`: what the bridge gives its ports. Only on a bridge that filters.

@@ -79,6 +79,10 @@ pub struct Interface {
     /// Its IP addresses in its `network`, at most one of each family, without a prefix: DHCP gives it the IPv4
     /// one, and DNS knows the VM's name by them. Default: what DHCP chooses.
     pub addresses: Option<Vec<String>>,
+    /// Whether what the guest sends in its `network` must bear its own MAC and IP addresses, and be neither the
+    /// work of a DHCP server nor of a router, nor tagged. A guest with guests, bridges or routes of its own
+    /// needs it off; changes live. Default: true with `network`.
+    pub anti_spoofing: Option<bool>,
     /// The NIC's name in the VM, at most 20 bytes. Default: `net<index>`.
     pub name: Option<String>,
     /// Its address. Default: made from the set's, the VM's and the NIC's names, and so always the same.
@@ -269,6 +273,11 @@ impl Interface {
                 None
             }
         };
+        if self.anti_spoofing.is_some() && self.network.is_none() {
+            let message = "`antiSpoofing` has a meaning only with `network`";
+            problems.add(SpecProblem::new(format!("{pointer}/antiSpoofing"), message));
+        }
+        let anti_spoofing = self.anti_spoofing.unwrap_or(self.network.is_some());
         let mut addresses = BTreeSet::new();
         for (place, text) in self.addresses.unwrap_or_default().iter().enumerate() {
             let pointer = format!("{pointer}/addresses/{place}");
@@ -316,6 +325,7 @@ impl Interface {
             name: name?,
             attachment: attachment?,
             addresses,
+            anti_spoofing,
             mac_address,
             vlans,
             queues: self.queues.unwrap_or(1),
