@@ -307,3 +307,40 @@ fn death_before_any_step_converges() {
     println!("killed at {killed} instants");
     assert!(killed > 3, "only {killed} runs were killed in time");
 }
+
+#[test]
+fn thin_volumes_share_what_they_have_and_get_their_devices_back() {
+    if ran_in_lab() {
+        return;
+    }
+    let lab = Lab::new();
+    let device = lab.loop_device(256);
+    run(&format!("vgcreate -q vg0 {device} && lvcreate -q -n foreign -L 8m vg0"));
+    run("dd if=/dev/urandom of=/dev/vg0/foreign bs=1M count=8 conv=fsync status=none");
+    let foreign = digest("/dev/vg0/foreign");
+    let thin = "  lvmThin:\n    volumeGroup: vg0\n    thinPool: pool\n    size: 64Mi\n";
+    lab.write("pool.yaml", &manifest("StoragePool", "thin", thin));
+    lab.write("golden.yaml", &volume("golden", "thin", "16Mi", ""));
+    lab.apply("");
+    lab.in_sync();
+    assert_eq!(run("lvs --noheadings -o lv_when_full vg0/pool").trim(), "error");
+    run("dd if=/dev/urandom of=/dev/vg0/golden bs=1M count=4 conv=fsync status=none");
+    let golden = digest("/dev/vg0/golden");
+
+    // A snapshot, larger than its source, with a device of its own.
+    lab.write("copy.yaml", &volume("copy", "thin", "20Mi", "  source:\n    volume: golden\n"));
+    lab.apply("");
+    lab.in_sync();
+    assert_eq!(bytes_of("/dev/vg0/copy"), 20 * MIB);
+    assert_eq!(run("head -c 16777216 /dev/vg0/copy | sha256sum"), golden);
+    run("tail -c +16777217 /dev/vg0/copy | cmp -n 4194304 - /dev/zero");
+    run("dd if=/dev/zero of=/dev/vg0/copy bs=1M count=1 conv=fsync status=none");
+    assert_eq!(digest("/dev/vg0/golden"), golden, "they part where one is written to");
+    // As after a boot that didn't activate it.
+    run("lvchange -q -an -ky vg0/copy");
+    lab.apply("");
+    lab.in_sync();
+    assert_eq!(bytes_of("/dev/vg0/copy"), 20 * MIB);
+    assert_eq!(digest("/dev/vg0/golden"), golden);
+    assert_eq!(digest("/dev/vg0/foreign"), foreign);
+}
