@@ -48,3 +48,40 @@ fn vlans_made_by_hand_are_written_as_they_are_and_adopted() {
         assert!(text.contains(line), "no `{line}` in\n{text}");
     }
 }
+
+#[test]
+fn volume_groups_and_thin_pools_are_written_as_they_are_and_adopted() {
+    if ran_in_lab() {
+        return;
+    }
+    for command in [
+        "truncate -s 400M /tmp/device && losetup /dev/loop5 /tmp/device",
+        "pvcreate -q /dev/loop5 && vgcreate -q vg0 /dev/loop5",
+        "lvcreate -q -y -n web -L 32m vg0 && lvcreate -q -y -n Data_1 -L 8m vg0",
+        "lvcreate -q -y --type thin-pool -n thin0 -L 64m --zero y vg0 && lvcreate -q -y -n slim -V 128m --thinpool vg0/thin0",
+        "mkdir -p /tmp/libvirt/storage /tmp/libvirt/qemu",
+    ] {
+        run(command);
+    }
+    let pool = "<pool type='logical'><name>fast</name><source><name>vg0</name></source><target><path>/dev/vg0</path></target></pool>";
+    std::fs::write("/tmp/libvirt/storage/fast.xml", pool).unwrap();
+    let domain = "<domain type='kvm'><name>web</name><memory unit='MiB'>128</memory><os><kernel>/guest/vmlinux</kernel></os>
+      <devices><disk type='block' device='disk'><driver name='qemu' type='raw'/><source dev='/dev/vg0/web'/><target dev='vda' bus='virtio'/></disk>
+      <disk type='block' device='disk'><source dev='/dev/vg0/slim'/><target dev='vdb' bus='virtio'/></disk></devices></domain>";
+    std::fs::write("/tmp/libvirt/qemu/web.xml", domain).unwrap();
+    let look = || {
+        run("lvs --noheadings -o lv_full_name,lv_uuid,lv_tags,lv_size,lv_attr; vgs --noheadings -o vg_tags")
+    };
+    let before = look();
+    let adopted = shell("vmctl adopt --libvirt /tmp/libvirt --volume-group vg0/thin0 -o /tmp/manifests");
+    println!("{}", said(&adopted));
+    assert_eq!(look(), before, "nothing was changed");
+    let adopted = said(&adopted);
+    assert!(adopted.contains("5 objects: 4 as the host has it, 1 that differ; 1 left out"), "{adopted}");
+    assert!(adopted.contains("left out: /dev/vg0/Data_1") && adopted.contains("lvrename"), "{adopted}");
+    let host = Tutorial { source: "/tmp/manifests".into(), state: "/x".into(), run: "/x".into() };
+    let diff = host.diff(1);
+    assert!(diff.contains("1 to create, 4 to adopt"), "{diff}");
+    host.apply();
+    host.diff(0);
+}
