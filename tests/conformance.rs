@@ -137,6 +137,7 @@ fn definition(memory_mib: u64) -> VmDefinition {
         vlans: Vec::new(),
         cpu_share: CpuShare::default(),
         run_strategy: RunStrategy::Halted,
+        seed: None,
     }
 }
 

@@ -71,6 +71,7 @@ impl Ground {
             vlans: Vec::new(),
             cpu_share: CpuShare::default(),
             run_strategy: RunStrategy::Always,
+            seed: None,
         }
     }
 

@@ -236,7 +236,7 @@ fn explain_prints_fields_as_kubectl_does() {
     let error = explain("vm.dsks").unwrap_err();
     expect![[r#"
         VirtualMachine has no field `dsks` there
-        did you mean `disks`? The fields are `boot`, `memory`, `balloon`, `cpu`, `cpus`, `disks`, `entropy`, `interfaces`, `machine`, `memoryBacking`, `restartPolicy`, `runStrategy`, `shutdownTimeoutSeconds` and `vsock`"#]]
+        did you mean `disks`? The fields are `boot`, `memory`, `balloon`, `cloudInit`, `cpu`, `cpus`, `disks`, `entropy`, `interfaces`, `machine`, `memoryBacking`, `restartPolicy`, `runStrategy`, `shutdownTimeoutSeconds` and `vsock`"#]]
     .assert_eq(&format!("{error}\n{}", error.hint));
     let error = explain("virtualmachin").unwrap_err();
     expect![[r#"

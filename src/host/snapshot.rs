@@ -376,6 +376,30 @@ pub struct VmDefinition {
     #[serde(default)]
     pub cpu_share: CpuShare,
     pub run_strategy: RunStrategy,
+    /// What its disk [`SEED_DISK`] is made of, anew at each start.
+    #[serde(default)]
+    pub seed: Option<Seed>,
+}
+
+/// The name of the disk that carries a cloud-init seed; nothing declared has it.
+pub const SEED_DISK: &str = "cidata";
+/// What the path of that disk begins with. It is no file of a pool: what follows changes with its content.
+pub const SEED_PATH: &str = "cloud-init:";
+
+/// A cloud-init seed for the data source NoCloud. Secrets are not in it: they are in the file that it names,
+/// which is read when the seed is made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seed {
+    pub meta_data: String,
+    /// `None`: the guest configures its NICs as it sees fit.
+    pub network_config: Option<String>,
+    pub user_data: UserData,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum UserData {
+    Text(String),
+    File(PathBuf),
 }
 
 /// A VM's part of the host's CPU time.

@@ -27,6 +27,7 @@ mod vm_control;
 mod vm_live;
 mod vm_place;
 mod vm_process;
+mod vm_seed;
 mod vm_start;
 pub mod vm_usage;
 mod vm_user;

@@ -154,6 +154,7 @@ fn stop(place: &VmPlace, vm: &ObjectName, mark: &Mark, how: StopHow) -> Result<(
         return Err(failed(&"somebody started it again meanwhile"));
     }
     directory.remove_socket().map_err(|error| failed(&error))?;
+    place.remove_seed().map_err(|error| failed(&error))?;
     // It ended because we said so: a strategy that looks at how it ended must not be told of it, or a
     // restart that dies half-way would leave it down.
     place.remove_exit_record().map_err(|error| failed(&error))

@@ -9,6 +9,7 @@
 //! | `<state>/kernels/` | kernels uncompressed, shared by all VMs (see `kernel_cache`) |
 //! | `<run>/vms/<name>/control.sock` | the VM process's socket; a dead one is no VM |
 //! | `<run>/vms/<name>/vsock/` | its vsock's sockets, see [`super::vm_vsock`] |
+//! | `<run>/vms/<name>/seed.img` | its cloud-init seed, see [`super::vm_seed`] |
 //! | `<run>/vms/<name>/exit.json` | how the process ended; empty while it runs, or if it was killed |
 //!
 //! Disks are not here, and nothing here ever removes one.
@@ -33,6 +34,7 @@ const HOLD: &str = "hold";
 const SOCKET: &str = "control.sock";
 const VSOCK: &str = "vsock";
 const EXIT: &str = "exit.json";
+const SEED: &str = "seed.img";
 /// A file that isn't in its place yet; the next writer replaces it.
 const NEW: &str = ".new";
 const RECORD_VERSION: u32 = 1;
@@ -191,6 +193,21 @@ impl VmPlace {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(error) => Err(named(&path, error)),
         }
+    }
+
+    /// Puts a seed in the place of the last one, which a process that still runs keeps; gives its path.
+    pub fn write_seed(&self, image: &[u8]) -> io::Result<PathBuf> {
+        make_directory(&self.run)?;
+        // A new file each time: one that lay there may have been opened when it could be.
+        ignore_absent(std::fs::remove_file(self.run.join(format!("{SEED}{NEW}"))))?;
+        write_atomically(&self.run, SEED, image)?;
+        Ok(self.run.join(SEED))
+    }
+
+    /// There is no seed any more: what it holds may be secret.
+    pub fn remove_seed(&self) -> io::Result<()> {
+        let path = self.run.join(SEED);
+        ignore_absent(std::fs::remove_file(&path)).map_err(|error| named(&path, error))
     }
 
     pub fn vsock_directory(&self) -> PathBuf {

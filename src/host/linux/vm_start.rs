@@ -16,14 +16,15 @@ use super::storage;
 use super::tap::{self, AttachError};
 use super::vm_place::VmPlace;
 use super::vm_process::{self, LOOK_TIMEOUT, chain};
+use super::vm_seed;
 use super::vm_user;
 use super::vm_vsock;
 use crate::host::error::StepError;
 use crate::host::limits::ProcessLimits;
-use crate::host::snapshot::{Capability, VmDefinition};
+use crate::host::snapshot::{Capability, SEED_DISK, Seed, VmDefinition};
 use crate::name::{LinkName, Mark, ObjectName};
 use crate::vmm::client;
-use crate::vmm::config::{BootConfig, DiskConfig, VmConfig};
+use crate::vmm::config::{BootConfig, DiskConfig};
 use crate::vmm::protocol::{FdRole, Launch, VERSION};
 
 pub fn start(
@@ -62,7 +63,7 @@ pub fn start(
     })?;
 
     // First all that can fail without a trace.
-    let (mut roles, mut fds) = open_files(&definition.config, &place.kernels(), &what)?;
+    let (mut roles, mut fds) = open_files(definition, place, &what)?;
     open_taps(definition, &what, &mut roles, &mut fds)?;
     let confined = confine(vm, definition, &mut roles, &mut fds);
     let Confinement { uid, gid, missing, cgroup } = confined.map_err(|error| failed(&error))?;
@@ -119,7 +120,8 @@ fn confine(
         let missing = vec!["a user and a cgroup of its own: only root can give them".to_owned()];
         return Ok(Confinement { uid, gid, cgroup: None, missing });
     }
-    let is_disk = |role: &FdRole| matches!(role, FdRole::Disk { .. });
+    // A seed is too small to count.
+    let is_disk = |role: &FdRole| matches!(role, FdRole::Disk { name } if name != SEED_DISK);
     let mut files = roles.iter().zip(fds.iter());
     let in_memory = files.any(|(role, fd)| is_disk(role) && cgroup::lies_in_memory(fd));
     let process = ProcessLimits::of(&definition.config, in_memory);
@@ -159,16 +161,17 @@ pub fn require_definition(
 }
 
 fn open_files(
-    config: &VmConfig,
-    kernels: &Path,
+    definition: &VmDefinition,
+    place: &VmPlace,
     what: &dyn Fn() -> String,
 ) -> Result<(Vec<FdRole>, Vec<OwnedFd>), StepError> {
+    let config = &definition.config;
     let mut roles = vec![FdRole::Kvm];
     let mut fds = vec![open_kvm(what)?];
     if let BootConfig::Kernel(boot) = &config.boot {
         roles.push(FdRole::Kernel);
         let kernel = open_boot_file(&boot.kernel_path, "kernel", what)?;
-        fds.push(kernel_cache::uncompressed(kernels, kernel.into()).into());
+        fds.push(kernel_cache::uncompressed(&place.kernels(), kernel.into()).into());
         if let Some(initrd) = &boot.initrd_path {
             roles.push(FdRole::Initrd);
             fds.push(open_boot_file(initrd, "initrd", what)?);
@@ -177,9 +180,19 @@ fn open_files(
     for disk in &config.disks {
         roles.push(FdRole::Disk { name: disk.name.clone() });
         roles.extend((0..disk.backing.len()).map(|depth| FdRole::Backing { disk: disk.name.clone(), depth }));
-        fds.extend(open_disk(disk, what)?);
+        match &definition.seed {
+            Some(seed) if disk.name == SEED_DISK => fds.push(make_seed(seed, place, what)?),
+            _ => fds.extend(open_disk(disk, what)?),
+        }
     }
     Ok((roles, fds))
+}
+
+fn make_seed(seed: &Seed, place: &VmPlace, what: &dyn Fn() -> String) -> Result<OwnedFd, StepError> {
+    let path = vm_seed::image(seed)
+        .and_then(|image| place.write_seed(&image))
+        .map_err(|error| StepError::failed(what(), format!("make its cloud-init seed: {error}")))?;
+    storage::open_disk(&path, true)
 }
 
 /// A disk's image, then its backing chain, each locked.

@@ -6,7 +6,7 @@ use std::path::Path;
 use super::State;
 use super::apply::{Done, failed, grow, not_ours};
 use crate::host::limits::ProcessLimits;
-use crate::host::snapshot::{Capability, LinkKind, Vm, VmDefinition, VmProcess};
+use crate::host::snapshot::{Capability, LinkKind, SEED_DISK, UserData, Vm, VmDefinition, VmProcess};
 use crate::host::{Step, StepError};
 use crate::name::{LinkName, Mark, ObjectName};
 use crate::vmm::config::{DiskConfig, MachineKind, NicConfig};
@@ -198,6 +198,15 @@ impl State {
         }
         let mut disk_capacity_bytes = Vec::new();
         for disk in &definition.config.disks {
+            if let Some(seed) = definition.seed.as_ref().filter(|_| disk.name == SEED_DISK) {
+                match &seed.user_data {
+                    UserData::File(path) if !self.files.contains_key(path) => {
+                        return failed(path.display(), "no such file");
+                    }
+                    _ => disk_capacity_bytes.push(512 << 10),
+                }
+                continue;
+            }
             disk_capacity_bytes.push(self.open_disk(name, disk)?);
         }
         for nic in &definition.config.nics {

@@ -6,11 +6,13 @@
 //! | a disk or a NIC is there or not | live: plugged, unplugged | staged |
 //! | what a disk or a NIC is (file, read-only, address) | live: unplugged and plugged | staged |
 //! | … of the disk that the guest was booted from | staged | staged |
+//! | the cloud-init seed | staged, and never a reason to restart | as with pci |
 //! | limits, carrier, balloon target | live | live |
 //! | everything else | staged | staged |
 
 use serde::Serialize;
 
+use crate::host::snapshot::{SEED_DISK, SEED_PATH};
 use crate::kinds::action::{FieldChange, Impact};
 use crate::name::ByteSize;
 use crate::vmm::config::{
@@ -25,6 +27,8 @@ pub struct Changes {
     /// The devices are the same and stand in another order, which a running guest doesn't see. With machine
     /// micro it is staged like everything else.
     pub order: Option<FieldChange>,
+    /// The cloud-init seed is another one: a guest reads it when it boots, and needn't boot for it.
+    pub seed: Option<FieldChange>,
 }
 
 #[derive(Debug)]
@@ -56,6 +60,7 @@ impl Changes {
         changes.disks(have, want);
         changes.nics(have, want);
         changes.order(have, want);
+        changes.seed(have, want);
         changes
     }
 
@@ -70,7 +75,7 @@ impl Changes {
     /// Every difference, however it is mended.
     pub fn into_shown(self) -> impl Iterator<Item = FieldChange> {
         let live = self.live.into_iter().map(|change| change.shown);
-        self.staged.into_iter().chain(live).chain(self.order)
+        self.staged.into_iter().chain(self.seed).chain(live).chain(self.order)
     }
 
     fn stage<T: Into<Option<String>>>(&mut self, field: impl Into<String>, from: T, to: T) {
@@ -157,6 +162,9 @@ impl Changes {
         let plugs = have.machine == MachineKind::Pci;
         let booted = |name: &str| matches!(&have.boot, BootConfig::Disk(boot) if boot.disk == name);
         for name in names(&have.disks, &want.disks, |disk| &disk.name) {
+            if name == SEED_DISK {
+                continue;
+            }
             let find = |disks: &[DiskConfig]| disks.iter().find(|disk| disk.name == name).cloned();
             let (from, to) = (find(&have.disks), find(&want.disks));
             let field = format!("disks[{name}]");
@@ -242,9 +250,19 @@ impl Changes {
         }
     }
 
+    fn seed(&mut self, have: &VmConfig, want: &VmConfig) {
+        let [from, to] = [have, want].map(|config| {
+            let seed = config.disks.iter().find(|disk| disk.name == SEED_DISK)?;
+            Some(seed.path.strip_prefix(SEED_PATH).unwrap_or(&seed.path).to_owned())
+        });
+        if from != to {
+            self.seed = Some(FieldChange { field: "cloudInit".into(), from, to, impact: Impact::Staged });
+        }
+    }
+
     fn order(&mut self, have: &VmConfig, want: &VmConfig) {
         let order = |config: &VmConfig, other: &VmConfig| -> Vec<String> {
-            let disks = config.disks.iter().map(|disk| &disk.name);
+            let disks = config.disks.iter().map(|disk| &disk.name).filter(|name| **name != SEED_DISK);
             let disks = disks.filter(|name| other.disks.iter().any(|disk| disk.name == **name));
             let nics = config.nics.iter().map(|nic| &nic.name);
             let nics = nics.filter(|name| other.nics.iter().any(|nic| nic.name == **name));
@@ -267,7 +285,8 @@ impl Changes {
 
 /// What a process that runs this comes to be at its next start, in the manifest's words.
 pub fn staged(have: &VmConfig, want: &VmConfig) -> Vec<FieldChange> {
-    Changes::between(have, want).staged
+    let changes = Changes::between(have, want);
+    changes.staged.into_iter().chain(changes.seed).collect()
 }
 
 /// What can't change without another device.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::changes::Changes;
 use super::definition::define;
-use super::{Boot, VirtualMachine};
+use super::{Boot, CloudInit, VirtualMachine};
 use crate::host::Step;
 use crate::host::snapshot::{Capability, CpuShare, LinkKind, RunStrategy, Vm, VmDefinition, VmProcess};
 use crate::host::step::StopHow;
@@ -92,7 +92,7 @@ fn should_run(strategy: RunStrategy, vm: &Vm, runs: bool) -> bool {
 pub(super) struct Compare<'a> {
     pub action: Action,
     pub id: &'a ObjectId,
-    want: &'a VirtualMachine,
+    pub want: &'a VirtualMachine,
     have: &'a Vm,
     process: Option<&'a VmProcess>,
     pub definition: VmDefinition,
@@ -296,12 +296,17 @@ impl<'a> Compare<'a> {
                 return Err(Blocker::lacks(capability, how));
             }
         }
-        let Boot::Kernel { kernel, initrd, .. } = &self.want.boot else {
-            return super::bootable::check(self.want, self.context);
-        };
-        for (field, path) in
-            std::iter::once(("boot.kernel", kernel)).chain(initrd.iter().map(|path| ("boot.initrd", path)))
-        {
+        let mut files = Vec::new();
+        match &self.want.boot {
+            Boot::Kernel { kernel, initrd, .. } => {
+                files.push(("boot.kernel", kernel));
+                files.extend(initrd.iter().map(|path| ("boot.initrd", path)));
+            }
+            Boot::Disk(_) => super::bootable::check(self.want, self.context)?,
+        }
+        let user_data = self.want.cloud_init.as_ref().and_then(CloudInit::file);
+        files.extend(user_data.map(|path| ("cloudInit.userDataFile", path)));
+        for (field, path) in files {
             match snapshot.files.get(path) {
                 Some(Ok(_)) => {}
                 Some(Err(error)) => return Err(Blocker::unseen(error)),

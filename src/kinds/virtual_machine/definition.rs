@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::{Boot, Interface, VirtualMachine};
+use super::{Boot, Interface, VirtualMachine, cloud_init};
 use crate::host::snapshot::{LvmPlace, PoolPlace, VlanFlags, VmDefinition};
 use crate::kinds::action::Blocker;
 use crate::kinds::bridge::Bridge;
@@ -84,7 +84,12 @@ pub fn define(
             ..NicConfig::new(&nic.name, tap_name(vm, &nic.name).to_string(), mac.to_string())
         });
     }
-    let disks = want.disks.iter().map(|disk| define_disk(disk, context)).collect::<Result<_, _>>()?;
+    let mut disks =
+        want.disks.iter().map(|disk| define_disk(disk, context)).collect::<Result<Vec<_>, _>>()?;
+    let seed =
+        want.cloud_init.as_ref().map(|cloud_init| cloud_init.seed(&mark.set, vm, &want.interfaces, &nics));
+    // Last: it moves none of the guest's own disks.
+    disks.extend(seed.as_ref().map(|seed| cloud_init::disk(seed, context.snapshot)));
     let config = VmConfig {
         machine: want.machine,
         vcpus: want.cpus,
@@ -101,7 +106,7 @@ pub fn define(
         ..VmConfig::new(vm.as_str(), mark.to_string(), want.memory.0, define_boot(&want.boot)?)
     };
     let (cpu_share, run_strategy) = (want.cpu_share, want.run_strategy);
-    Ok(VmDefinition { mark, config, bridges, vlans, cpu_share, run_strategy })
+    Ok(VmDefinition { mark, config, bridges, vlans, cpu_share, run_strategy, seed })
 }
 
 fn define_boot(boot: &Boot) -> Result<BootConfig, Blocker> {

@@ -26,6 +26,8 @@ impl Compare<'_> {
     /// device holds up nothing else, and the next start is without that device already.
     pub(super) fn change_live(&mut self, process: &VmProcess, changes: Changes) {
         let staged = self.stage(&changes);
+        // Nothing but a seed is staged where a restart is allowed.
+        let restarts = self.want.restart_allowed || changes.staged.is_empty();
         let Changes { live, .. } = changes;
         let going = |name: &str| {
             live.iter().any(|change| match &change.work {
@@ -63,7 +65,12 @@ impl Compare<'_> {
         if self.definition_differs() {
             self.define_differences();
             if staged {
-                self.action.verb(Verb::Update, "staged: restartPolicy is Never");
+                let because = if restarts {
+                    "staged: cloud-init acts when a guest boots"
+                } else {
+                    "staged: restartPolicy is Never"
+                };
+                self.action.verb(Verb::Update, because);
             }
             self.define_step();
         }
@@ -96,8 +103,9 @@ impl Compare<'_> {
 
     /// Shows what waits for the next start. True: it is news to the definition.
     fn stage(&mut self, changes: &Changes) -> bool {
-        let news = !changes.staged.is_empty() && self.definition_differs();
-        for change in &changes.staged {
+        let staged = || changes.staged.iter().chain(&changes.seed);
+        let news = staged().next().is_some() && self.definition_differs();
+        for change in staged() {
             if news {
                 self.action.changes.push(change.clone());
             } else {

@@ -2,6 +2,7 @@
 
 mod bootable;
 pub mod changes;
+mod cloud_init;
 pub mod compare;
 mod definition;
 mod live;
@@ -18,11 +19,12 @@ use serde::Serialize;
 use super::network::Place;
 use super::{Declared, Reference};
 use crate::host::snapshot::{CpuShare, RunStrategy, VlanFlags};
-use crate::name::{ByteSize, Kind, MacAddress, NameError, ObjectId, ObjectName, VlanId};
+use crate::name::{ByteSize, IpPrefix, Kind, MacAddress, NameError, ObjectId, ObjectName, VlanId};
 use crate::vmm::config::{
     BalloonConfig, CacheMode, CpuConfig, DiskBoot, EntropyConfig, Limits, MachineKind, MemoryConfig,
 };
 
+pub use cloud_init::CloudInit;
 pub use definition::{default_cid, default_mac, tap_name};
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -41,6 +43,7 @@ pub struct VirtualMachine {
     pub least_memory: Option<ByteSize>,
     pub vsock: Option<Vsock>,
     pub entropy: EntropyConfig,
+    pub cloud_init: Option<CloudInit>,
     pub run_strategy: RunStrategy,
     pub restart_allowed: bool,
     pub shutdown_timeout_seconds: u32,
@@ -85,6 +88,16 @@ pub struct Interface {
     pub link_up: bool,
     pub receive_limits: Limits,
     pub transmit_limits: Limits,
+    /// What cloud-init gives it in the guest.
+    pub guest_network: GuestNetwork,
+}
+
+/// A NIC's addresses in the guest. None: it asks by DHCP.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct GuestNetwork {
+    pub addresses: Vec<IpPrefix>,
+    pub gateways: Vec<IpAddr>,
+    pub nameservers: Vec<IpAddr>,
 }
 
 /// What a NIC is plugged into.
@@ -172,13 +185,13 @@ impl VirtualMachine {
         volumes.chain(bridges).collect()
     }
 
-    /// Files of the host that it boots.
+    /// Files of the host that it boots or takes its user data from.
     pub fn files(&self) -> Vec<PathBuf> {
-        match &self.boot {
-            Boot::Kernel { kernel, initrd, .. } => {
-                std::iter::once(kernel.clone()).chain(initrd.clone()).collect()
-            }
+        let boot = match &self.boot {
+            Boot::Kernel { kernel, initrd, .. } => vec![Some(kernel), initrd.as_ref()],
             Boot::Disk(_) => Vec::new(),
-        }
+        };
+        let user_data = self.cloud_init.as_ref().and_then(CloudInit::file);
+        boot.into_iter().chain([user_data]).flatten().cloned().collect()
     }
 }

@@ -1,6 +1,7 @@
 //! The YAML form of a VirtualMachine: its fields, and what each may hold. `cpu` and `devices` have the
 //! parts of their names.
 
+mod cloud_init;
 mod cpu;
 mod devices;
 
@@ -15,6 +16,7 @@ use crate::kinds::storage_pool::wire::parse_path;
 use crate::kinds::{Problems, SpecProblem};
 use crate::name::{ByteSize, ObjectName};
 use crate::vmm::config::{DiskBoot, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, MachineKind};
+use cloud_init::CloudInit;
 use cpu::{Cpu, MemoryBacking};
 use devices::{Balloon, Disk, Entropy, Interface, Vsock};
 
@@ -48,6 +50,9 @@ pub struct VirtualMachine {
     pub vsock: Option<Vsock>,
     /// The guest's source of random numbers, which every VM has.
     pub entropy: Option<Entropy>,
+    /// What cloud-init in the guest finds, on a small read-only disk labelled `CIDATA` (data source NoCloud)
+    /// that takes one place among the devices. A change takes effect at the next start. Default: none.
+    pub cloud_init: Option<CloudInit>,
     /// When it runs. `Always`: started again whenever it ends. `Halted`: never. `RerunOnFailure`: started
     /// again unless the guest powered itself off. `Manual`: as `vmctl start` and `vmctl stop` say. A guest
     /// whose kernel panics has failed. Default: Always.
@@ -114,8 +119,8 @@ impl VirtualMachine {
         let disks = self.disks.unwrap_or_default();
         let interfaces = self.interfaces.unwrap_or_default();
         let devices_max = machine.devices_max();
-        if disks.len() + interfaces.len() > devices_max {
-            let found = disks.len() + interfaces.len();
+        let found = disks.len() + interfaces.len() + usize::from(self.cloud_init.is_some());
+        if found > devices_max {
             let mut problem = SpecProblem::new(
                 "",
                 format!("{found} disks and interfaces; a VM of this machine has at most {devices_max}"),
@@ -133,8 +138,9 @@ impl VirtualMachine {
         let disk_names = names.clone();
         let mut inner_interfaces = Vec::new();
         for (index, nic) in interfaces.into_iter().enumerate() {
-            inner_interfaces.extend(nic.decode(index, &mut names, &mut problems));
+            inner_interfaces.extend(nic.decode(index, self.cloud_init.is_some(), &mut names, &mut problems));
         }
+        let cloud_init = self.cloud_init.map(|cloud_init| cloud_init.decode(&names, &mut problems));
         let boot = self.boot.decode(&disk_names, &mut problems);
         let (balloon, least_memory) = match self.balloon {
             Some(balloon) => {
@@ -159,6 +165,7 @@ impl VirtualMachine {
             least_memory,
             vsock,
             entropy,
+            cloud_init: cloud_init.flatten(),
             run_strategy: self.run_strategy.unwrap_or_default(),
             restart_allowed: self.restart_policy == Some(RestartPolicy::Allowed),
             shutdown_timeout_seconds: self.shutdown_timeout_seconds.unwrap_or(60),
