@@ -12,7 +12,7 @@ use in_lab::ran_in_lab;
 use tutorial::*;
 
 /// What the guest's kernel mounts the seed with.
-const MODULES: [&str; 5] = ["fat", "vfat", "nls_cp437", "nls_ascii", "isofs"];
+const MODULES: [&str; 4] = ["fat", "vfat", "nls_cp437", "nls_ascii"];
 
 #[test]
 fn a_guest_reads_its_seed() {
