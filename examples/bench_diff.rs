@@ -141,7 +141,10 @@ fn prepare(directory: &Path) -> Result<SimHost, Failure> {
         encrypted: false,
         unusable: None,
     };
-    host.add_file("/boot/vmlinux", FileFacts { size_bytes: 1 << 20, modified_unix_ns: 0, header });
+    host.add_file(
+        "/boot/vmlinux",
+        FileFacts { size_bytes: 1 << 20, modified_unix_ns: 0, header, kind: Default::default() },
+    );
     let declaration = read(directory)?;
     let first = plan(&declaration.desired, &host.snapshot(&declaration.desired.scope()), &Policy::default());
     let outcomes = execute(&first, &host, &mut |_| {});

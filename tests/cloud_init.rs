@@ -58,7 +58,10 @@ fn user_data_file(host: &SimHost, modified_unix_ns: i128) {
         encrypted: false,
         unusable: None,
     };
-    host.add_file("/secret/user-data", FileFacts { size_bytes: 100, modified_unix_ns, header });
+    host.add_file(
+        "/secret/user-data",
+        FileFacts { size_bytes: 100, modified_unix_ns, header, kind: Default::default() },
+    );
 }
 
 #[test]

@@ -241,7 +241,7 @@ fn a_wrong_digest_leaves_nothing() {
     let error = host
         .run(&Step::ImportImage {
             image,
-            source: source.clone(),
+            source: source.clone().into(),
             sha256: wrong.parse().unwrap(),
             mark: host.image_mark(),
         })
@@ -611,7 +611,7 @@ fn a_nobodys_image_is_taken_in_only_with_the_right_content() {
     // Another name of the same set takes it over, another set doesn't.
     let import = |owner: &str| {
         let (image, source, sha256) = (image.clone(), source.clone(), sha256_of(&source));
-        host.run(&Step::ImportImage { image, source, sha256, mark: owner.parse().unwrap() })
+        host.run(&Step::ImportImage { image, source: source.into(), sha256, mark: owner.parse().unwrap() })
     };
     import("vmctl:default:Image/renamed").unwrap();
     assert!(matches!(import("vmctl:prod:Image/image"), Err(StepError::NotOurs { .. })));
@@ -721,13 +721,14 @@ fn qcow2_images_grow_within_their_table() {
 #[test]
 fn crash_child() {
     let Some(base) = std::env::var_os("VMCTL_STORAGE_CRASH_BASE") else { return };
-    let host = Host::at(Path::new(&base));
+    let mut host = Host::at(Path::new(&base));
+    host.is_crashed = true;
     // Before it says that it is ready: hashing takes longer than the steps.
     let imports = [("source.raw", Raw), ("source.qcow2", Qcow2)].map(|(source, format)| {
         let source = host.outside(source);
         let sha256 = sha256_of(&source);
         let image = host.image_file(&sha256.to_string(), format);
-        Step::ImportImage { image, source, sha256, mark: host.image_mark() }
+        Step::ImportImage { image, source: source.into(), sha256, mark: host.image_mark() }
     });
     println!("ready");
     for round in 0u64.. {

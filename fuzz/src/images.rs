@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use arbitrary::{Arbitrary, Unstructured};
 use crc::{CRC_32_ISO_HDLC, Crc};
 use vmctl::host::linux::storage::header;
+use vmctl::host::linux::storage::vmdk::{Vmdk, Window};
 use vmctl::vmm::config::{DiskConfig, DiskFormat};
 use vmctl::vmm::device::block::Block;
 
@@ -55,6 +56,24 @@ pub fn qcow2_header(data: &[u8]) {
     // With the file's true length, and however much is needed.
     let file = memory_file(prefix);
     header::of_file(&file, prefix.len() as u64).expect("a read from memory");
+}
+
+/// A vmdk from its first byte to its last grain: it ends in grains that fit, or in a reason. The bytes are a
+/// disk's sectors as [`sparse_disk`] has them, so that tables can lie apart.
+pub fn vmdk(data: &[u8]) {
+    let bytes = sparse_disk(data);
+    let file = memory_file(&bytes);
+    let window = Window { file: &file, start: 0, bytes: bytes.len() as u64 };
+    let Ok(disk) = Vmdk::open(window) else { return };
+    let (mut written, mut end) = (0u64, 0u64);
+    let result = disk.each_grain(|grain, at| {
+        assert!(!grain.is_empty() && at + grain.len() as u64 <= disk.capacity_bytes());
+        (written, end) = (written + grain.len() as u64, end.max(at + grain.len() as u64));
+        Ok(())
+    });
+    // No file becomes more than all of its sectors could hold as compressed grains of the largest kind.
+    assert!(written <= (bytes.len() as u64 / 512 + 1) << 21, "{written} bytes of {}", bytes.len());
+    assert!(result.is_err() || end <= disk.capacity_bytes());
 }
 
 /// A disk's sectors that aren't zero: after their count (16 bits) each with its number (16 bits).

@@ -27,5 +27,6 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("qcow2_image", images::qcow2_image),
     ("qcow2_header", images::qcow2_header),
     ("boot_disk", images::boot_disk),
+    ("vmdk", images::vmdk),
     ("control", messages::control),
 ];

@@ -465,6 +465,32 @@ pub struct FileFacts {
     pub size_bytes: u64,
     pub modified_unix_ns: i128,
     pub header: ImageHeader,
+    /// What else its first bytes say.
+    #[serde(default)]
+    pub kind: FileKind,
+}
+
+/// What a file is besides an image that a VM could use. Good for nothing but to refuse what is declared to be
+/// something else.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FileKind {
+    #[default]
+    Plain,
+    Gzip,
+    Xz,
+    Zstd,
+    Vmdk(Result<DiskFacts, String>),
+    /// The disks of an OVA, or why they can't be told.
+    Ova(Result<Vec<DiskFacts>, String>),
+}
+
+/// A disk in a file of another kind.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskFacts {
+    pub name: String,
+    pub capacity_bytes: u64,
+    /// Why it can't be imported.
+    pub unusable: Option<String>,
 }
 
 impl Pool {

@@ -92,7 +92,7 @@ pub enum Step {
     /// Copies into the pool's cache under the digest's name, verifying while copying.
     ImportImage {
         image: ImageFile,
-        source: PathBuf,
+        source: ImageSource,
         sha256: Sha256,
         mark: Mark,
     },
@@ -317,11 +317,65 @@ pub enum LinkChange {
     PortVlans(PortFacts),
 }
 
+/// Where an image comes from and what is made of it: its digest is that of the source as it lies there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageSource {
+    pub origin: ImageOrigin,
+    pub compression: Option<Compression>,
+    pub container: Container,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ImageOrigin {
+    Path(PathBuf),
+    Url(String),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Compression {
+    Gzip,
+    Xz,
+    Zstd,
+}
+
+/// What the image is in, once it is decompressed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Container {
+    /// It is the file itself.
+    Plain,
+    /// A vmdk, of which a qcow2 image is made.
+    Vmdk,
+    /// A vmdk in an OVA: the one of this name, or the only one.
+    Ova { disk: Option<String> },
+}
+
+impl ImageSource {
+    /// Whether the cached image is the source byte for byte.
+    pub fn is_plain(&self) -> bool {
+        self.compression.is_none() && self.container == Container::Plain
+    }
+}
+
+impl From<PathBuf> for ImageSource {
+    fn from(path: PathBuf) -> Self {
+        Self { origin: ImageOrigin::Path(path), compression: None, container: Container::Plain }
+    }
+}
+
+impl std::fmt::Display for ImageSource {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.origin {
+            ImageOrigin::Path(path) => path.display().fmt(f),
+            ImageOrigin::Url(url) => f.write_str(url),
+        }
+    }
+}
+
 /// A file in a pool's image cache: `<pool>/.vmctl/images/<file>`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ImageFile {
     pub pool_path: PathBuf,
-    /// `<sha256>.<format>`
+    /// `<sha256>.<format>`, with what it was made from between them, if that is another thing.
     pub file: String,
     pub format: DiskFormat,
 }
@@ -426,7 +480,7 @@ impl std::fmt::Display for Step {
             Self::ReleaseForwarding { family, .. } => write!(f, "let go of {family} forwarding"),
             Self::CreatePool { path, .. } => write!(f, "make {} a pool", path.display()),
             Self::ForgetPool { path, .. } => write!(f, "forget the pool {}", path.display()),
-            Self::ImportImage { source, .. } => write!(f, "import {}", source.display()),
+            Self::ImportImage { source, .. } => write!(f, "import {source}"),
             Self::DeleteImage { image, .. } => write!(f, "delete {}", image.path().display()),
             Self::RetainImage { image, .. } => write!(f, "let go of {}", image.path().display()),
             Self::CreateVolume(new) => write!(f, "create {}", new.pool_path.join(&new.file).display()),

@@ -217,7 +217,7 @@ impl Spec {
     /// Files outside of pools that it reads.
     pub fn files(&self) -> Vec<PathBuf> {
         match self {
-            Spec::Image(spec) => vec![spec.source_path.clone()],
+            Spec::Image(spec) => spec.source_path().into_iter().cloned().collect(),
             Spec::VirtualMachine(spec) => spec.files(),
             _ => Vec::new(),
         }

@@ -1,6 +1,7 @@
 //! What must hold between objects, each rule with every breach of it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
 use super::{Problem, pools};
 use crate::kinds::virtual_machine::{default_cid, default_mac, tap_name};
@@ -240,7 +241,7 @@ fn images(objects: &Objects, problems: &mut Vec<Problem>) {
     for (id, spec) in objects {
         match spec {
             Spec::Image(image) => {
-                if let Some(other) = seen.insert((&image.pool, image.sha256), id) {
+                if let Some(other) = seen.insert((&image.pool, image.cached(Path::new("")).file), id) {
                     problems.push(
                         Problem::new(
                             id,

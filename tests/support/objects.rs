@@ -101,7 +101,10 @@ pub fn host() -> SimHost {
         ("/boot/vmlinux", header(DiskFormat::Raw, 1 << 20)),
         ("/boot/initrd", header(DiskFormat::Raw, 1 << 20)),
     ] {
-        host.add_file(path, FileFacts { size_bytes: 1 << 20, modified_unix_ns: 0, header });
+        host.add_file(
+            path,
+            FileFacts { size_bytes: 1 << 20, modified_unix_ns: 0, header, kind: Default::default() },
+        );
     }
     host
 }

@@ -5,9 +5,12 @@ use std::path::Path;
 
 use super::State;
 use crate::host::snapshot::{
-    BootFacts, Capability, ImageHeader, Link, LinkKind, Pool, PoolDirectory, PoolFile, PortFacts, VlanFlags,
+    BootFacts, Capability, FileKind, ImageHeader, Link, LinkKind, Pool, PoolDirectory, PoolFile, PortFacts,
+    VlanFlags,
 };
-use crate::host::step::{ImageFile, LinkChange, NewLink, NewLinkKind, NewVolume, NewVolumeContent};
+use crate::host::step::{
+    Container, ImageFile, ImageOrigin, LinkChange, NewLink, NewLinkKind, NewVolume, NewVolumeContent,
+};
 use crate::host::{Step, StepError};
 use crate::name::{LinkName, Mark, ObjectName, VlanId};
 use crate::vmm::config::DiskFormat;
@@ -25,6 +28,24 @@ pub(super) fn not_ours<T>(what: impl ToString, why: impl ToString) -> Result<T, 
 /// What a port begins with.
 fn fresh_port() -> PortFacts {
     PortFacts { learning: true, unicast_flood: true, ..PortFacts::default() }
+}
+
+/// The size of the disk that is taken out of a file of another kind.
+fn extracted_bytes(container: &Container, kind: &FileKind) -> Option<u64> {
+    match (container, kind) {
+        (Container::Vmdk, FileKind::Vmdk(disk)) => Some(disk.as_ref().ok()?.capacity_bytes),
+        (Container::Ova { disk: wanted }, FileKind::Ova(disks)) => {
+            let mut disks = disks.as_ref().ok()?.iter();
+            let found = disks.find(|disk| wanted.as_ref().is_none_or(|wanted| *wanted == disk.name))?;
+            Some(found.capacity_bytes)
+        }
+        _ => None,
+    }
+}
+
+fn blank_header(virtual_size_bytes: u64) -> ImageHeader {
+    let format = DiskFormat::Raw;
+    ImageHeader { format, virtual_size_bytes, backing: None, encrypted: false, unusable: None }
 }
 
 impl State {
@@ -71,15 +92,26 @@ impl State {
             Step::CreatePool { name, path, mark } => self.create_pool(name, path, mark),
             Step::ForgetPool { name, mark, .. } => self.forget_pool(name, mark),
             Step::ImportImage { image, source, sha256, mark } => {
-                let Some(facts) = self.files.get(source).cloned() else {
-                    return failed(step, "no such file");
+                let (size_bytes, header) = match &source.origin {
+                    ImageOrigin::Path(path) => match self.files.get(path) {
+                        Some(facts) => {
+                            let capacity_bytes = extracted_bytes(&source.container, &facts.kind);
+                            let size = capacity_bytes.unwrap_or(facts.header.virtual_size_bytes);
+                            let header = ImageHeader { virtual_size_bytes: size, ..facts.header.clone() };
+                            (facts.size_bytes, header)
+                        }
+                        None => return failed(step, "no such file"),
+                    },
+                    ImageOrigin::Url(_) => (1 << 20, blank_header(1 << 20)),
                 };
+                // What it was made from may have been another thing; what it is has this format.
+                let header = ImageHeader { format: image.format, ..header };
                 let file = PoolFile {
                     mark: Some(mark.clone()),
                     retained: None,
-                    size_bytes: facts.size_bytes,
-                    allocated_bytes: facts.size_bytes,
-                    header: facts.header,
+                    size_bytes,
+                    allocated_bytes: size_bytes,
+                    header,
                     reclaim_delete: false,
                     sha256: Some(sha256.to_string()),
                     boot: None,

@@ -1,8 +1,9 @@
 //! Image: differences to steps.
 
-use super::Image;
+use super::{Format, Image};
 use crate::host::Step;
-use crate::host::snapshot::ImageHeader;
+use crate::host::snapshot::{DiskFacts, FileFacts, FileKind, ImageHeader};
+use crate::host::step::Compression;
 use crate::kinds::Context;
 use crate::kinds::action::{Action, Blocker, Impact, Verb};
 use crate::kinds::storage_pool::compare::resolve;
@@ -43,7 +44,7 @@ pub fn compare(id: &ObjectId, want: &Image, context: &Context) -> Action {
     }
     action.step(Step::ImportImage {
         image: image.clone(),
-        source: want.source_path.clone(),
+        source: want.source(),
         sha256: want.sha256,
         mark: mark.clone(),
     });
@@ -51,9 +52,9 @@ pub fn compare(id: &ObjectId, want: &Image, context: &Context) -> Action {
 }
 
 fn summary(want: &Image) -> String {
-    let format = describe(want.format);
+    let format = want.describe();
     let digest = want.sha256.to_string();
-    format!("{format} from {}, sha256 {}…", want.source_path.display(), &digest[..12])
+    format!("{format} from {}, sha256 {}…", want.source(), &digest[..12])
 }
 
 pub(crate) fn describe(format: DiskFormat) -> &'static str {
@@ -63,15 +64,97 @@ pub(crate) fn describe(format: DiskFormat) -> &'static str {
     }
 }
 
-/// What the source's first bytes say against what is declared. The checksum is checked while copying.
+/// What the source's first bytes say against what is declared. The checksum is checked while copying, and what
+/// comes from elsewhere once it is here.
 fn check_source(want: &Image, context: &Context) -> Result<(), Blocker> {
-    let path = want.source_path.display();
-    match context.snapshot.files.get(&want.source_path) {
+    let Some(source) = want.source_path() else { return Ok(()) };
+    let path = source.display();
+    match context.snapshot.files.get(source) {
         None => Err(Blocker::new(format!("its source {path} is not there"))
             .hint("put the file there, or correct `source.path`")),
         Some(Err(error)) => Err(Blocker::unseen(error)),
-        Some(Ok(facts)) => check_header(want.format, &facts.header)
-            .map_err(|because| Blocker::new(format!("{path}: {because}"))),
+        Some(Ok(facts)) => {
+            check_facts(want, facts).map_err(|because| Blocker::new(format!("{path}: {because}")))
+        }
+    }
+}
+
+impl Image {
+    fn describe(&self) -> String {
+        let format = match &self.format {
+            Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
+            Format::Vmdk => "vmdk",
+            Format::Ova { .. } => "ova",
+        };
+        match self.compression {
+            None => format.to_owned(),
+            Some(method) => format!("{format} ({})", compression_word(method)),
+        }
+    }
+}
+
+fn compression_word(method: Compression) -> &'static str {
+    match method {
+        Compression::Gzip => "gzip",
+        Compression::Xz => "xz",
+        Compression::Zstd => "zstd",
+    }
+}
+
+fn check_facts(want: &Image, facts: &FileFacts) -> Result<(), String> {
+    let found = match &facts.kind {
+        FileKind::Gzip => Some(Compression::Gzip),
+        FileKind::Xz => Some(Compression::Xz),
+        FileKind::Zstd => Some(Compression::Zstd),
+        FileKind::Plain | FileKind::Vmdk(_) | FileKind::Ova(_) => None,
+    };
+    match (want.compression, found) {
+        // What is in it shows when it is decompressed.
+        (Some(declared), Some(found)) if declared == found => return Ok(()),
+        (Some(declared), _) => {
+            let declared = compression_word(declared);
+            return Err(format!("declared as compressed by {declared}, and its first bytes don't say so"));
+        }
+        (None, Some(found)) => {
+            let found = compression_word(found);
+            return Err(format!("it is compressed by {found}; declare `compression: {found}`"));
+        }
+        (None, None) => {}
+    }
+    let unlike = |found: &str| {
+        Err(format!(
+            "declared as {}, but its first bytes say {found}; declare `format: {found}` if that is what you mean",
+            want.describe()
+        ))
+    };
+    match (&want.format, &facts.kind) {
+        (Format::Vmdk, FileKind::Vmdk(Ok(_))) => Ok(()),
+        (Format::Vmdk, FileKind::Vmdk(Err(why))) => Err(format!("the image can't be used: {why}")),
+        (Format::Ova { disk }, FileKind::Ova(Ok(disks))) => check_disks(disks, disk.as_deref()),
+        (Format::Ova { .. }, FileKind::Ova(Err(why))) => Err(format!("the OVA can't be used: {why}")),
+        (_, FileKind::Vmdk(_)) => unlike("vmdk"),
+        (_, FileKind::Ova(_)) => unlike("ova"),
+        (Format::Vmdk | Format::Ova { .. }, _) => unlike(describe(facts.header.format)),
+        (Format::Raw, _) => check_header(DiskFormat::Raw, &facts.header),
+        (Format::Qcow2, _) => check_header(DiskFormat::Qcow2, &facts.header),
+    }
+}
+
+fn check_disks(disks: &[DiskFacts], wanted: Option<&str>) -> Result<(), String> {
+    let names = || disks.iter().map(|disk| disk.name.as_str()).collect::<Vec<_>>().join(", ");
+    let disk = match (wanted, disks) {
+        (None, [disk]) => disk,
+        (None, []) => return Err("the OVA has no disk".to_owned()),
+        (None, _) => return Err(format!("the OVA has several disks ({}); say which by `disk`", names())),
+        (Some(wanted), _) => disks
+            .iter()
+            .find(|disk| disk.name == wanted)
+            .ok_or_else(|| format!("the OVA has no disk `{wanted}`; its disks are: {}", names()))?,
+    };
+    match &disk.unusable {
+        Some(why) => Err(format!("the disk {} in it can't be used: {why}", disk.name)),
+        None => Ok(()),
     }
 }
 

@@ -154,8 +154,8 @@ pub(super) fn check_fits(
         Some(directory.images.get(&cached.file)?.header.virtual_size_bytes)
     });
     let in_source = || {
-        let facts = context.snapshot.files.get(&image.source_path)?.as_ref().ok()?;
-        Some(facts.header.virtual_size_bytes)
+        let facts = context.snapshot.files.get(image.source_path()?)?.as_ref().ok()?;
+        image.size_bytes(facts)
     };
     match in_cache.or_else(in_source) {
         Some(size_bytes) if size_bytes > want.capacity.0 => Err(Blocker::new(format!(

@@ -30,6 +30,11 @@ impl<'a> Meter<'a> {
         Self { hook, path, total_bytes, reported_bytes: 0 }
     }
 
+    /// How much there is, once that is known.
+    pub fn expect(&mut self, total_bytes: u64) {
+        self.total_bytes = total_bytes;
+    }
+
     pub fn at(&mut self, done_bytes: u64) {
         let Some(hook) = self.hook else { return };
         if done_bytes >= self.reported_bytes + REPORT_BYTES || done_bytes == self.total_bytes {
@@ -119,7 +124,7 @@ pub fn each_non_zero<E>(
     }
 }
 
-fn is_zero(bytes: &[u8]) -> bool {
+pub fn is_zero(bytes: &[u8]) -> bool {
     // SAFETY: any sixteen bytes are a valid u128, and `align_to` splits at its alignment.
     let (head, middle, tail) = unsafe { bytes.align_to::<u128>() };
     head.iter().chain(tail).all(|&byte| byte == 0)

@@ -5,6 +5,7 @@
 //! <pool>/.vmctl/images/<digest>…   cached images
 //! <pool>/.vmctl/trash/<file>.<t>   deleted volumes, with the time in Unix seconds
 //! <pool>/.vmctl/tmp/<file>.<hex>   what is being made; locked by its maker
+//! <pool>/.vmctl/downloads/…        images on their way here, see [`super::download`]
 //! <pool>/.vmctl/marks/…            marks, where the file system has no user xattrs
 //! <pool>/.vmctl/lock               held for the moments in which names change
 //! ```
@@ -174,6 +175,11 @@ impl PoolDirectory {
 
     fn temporaries(&self) -> Result<OwnedFd, Errno> {
         open_or_make_below(&self.private, "tmp")
+    }
+
+    /// What is fetched from elsewhere, in parts.
+    pub fn downloads(&self) -> Result<OwnedFd, Errno> {
+        open_or_make_below(&self.private, "downloads")
     }
 
     fn sidecars(&self, place: Place) -> Result<OwnedFd, Errno> {

@@ -1,20 +1,24 @@
 //! The image cache of a pool: files named by their digest, verified while they are copied in.
 
 use std::fs::File;
+use std::io;
 use std::path::Path;
 
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::copy::{self, Meter};
-use super::directory::{self, Entry, Place, PoolDirectory};
+use super::directory::{self, Entry, Place, PoolDirectory, Temporary};
+use super::download::{self, Downloaded};
 use super::owner::Marks;
+use super::qcow2::Sink;
 use super::space::Space;
-use super::{ProgressHook, header, scan};
+use super::vmdk::{Vmdk, Window};
+use super::{ProgressHook, header, ova, scan, unpack};
 use crate::host::error::StepError;
 use crate::host::linux::ofd::{self, Lock};
 use crate::host::snapshot::ImageHeader;
-use crate::host::step::ImageFile;
+use crate::host::step::{Compression, Container, ImageFile, ImageOrigin, ImageSource};
 use crate::name::{Mark, Sha256};
 use crate::vmm::config::DiskFormat;
 
@@ -93,63 +97,186 @@ pub fn open_cached<'p>(
 
 pub fn import(
     image: &ImageFile,
-    source: &Path,
+    source: &ImageSource,
     sha256: Sha256,
     mark: &Mark,
     hook: Option<&ProgressHook>,
 ) -> Result<(), StepError> {
-    let what = format!("import {} into the pool {}", source.display(), image.pool_path.display());
+    let what = format!("import {source} into the pool {}", image.pool_path.display());
     let pool = PoolDirectory::open(&image.pool_path)?;
     pool.clean_leftovers().map_err(|errno| StepError::failed(&what, errno))?;
     directory::check_file_name(&image.file)?;
     let marks = Marks { owner: Some(mark.clone()), sha256: Some(sha256.to_string()), ..Marks::default() };
-    if adopt_cached(&pool, image, &marks, &what)? {
+    if adopt_cached(&pool, image, source, &marks, &what)? {
         return Ok(());
     }
-
-    let (file, length) = open_source(source, &what)?;
-    let header_of = |file: &File| {
-        let header = header::of_file(file, length).map_err(|errno| StepError::failed(&what, errno))?;
-        check_image(&header, image.format, &what)
-    };
-    header_of(&file)?;
-    let stat = rustix::fs::fstat(&file).map_err(|errno| StepError::failed(&what, errno))?;
-    let space = Space::for_writing(&pool, length.min(stat.st_blocks as u64 * 512));
-    let temporary = pool.temporary(&image.file).map_err(|errno| space.explain(&what, errno))?;
-    let mut meter = Meter::new(hook, image.path(), length);
-    let explain = |errno| match errno {
-        Errno::STALE => StepError::failed(&what, "the source became shorter while it was copied"),
-        errno => space.explain(&what, errno),
-    };
-    let found = match copy::reflink(&file, &temporary.file).map_err(explain)? {
-        // What was cloned can't change any more, unlike the source.
-        true => {
-            let cloned = rustix::fs::fstat(&temporary.file).map_err(explain)?.st_size as u64;
-            copy::hash(&temporary.file, cloned, &mut meter).map_err(explain)?
-        }
-        false => {
-            space.check(&what)?;
-            copy::copy_and_hash(&file, &temporary.file, length, &mut meter).map_err(explain)?
-        }
-    };
-    if found != sha256 {
-        return Err(StepError::Failed {
-            what,
-            why: format!("its SHA-256 digest is {found}, and {sha256} is declared"),
-            hint: Some(
-                "was the source replaced or cut off? Fetch it again, or declare the new digest".to_owned(),
-            ),
-        });
-    }
-    // The source may have changed between the first look and the copy.
-    header_of(&temporary.file)?;
-    match temporary.commit(Place::Images, &image.file, &marks).map_err(explain)? {
-        true => Ok(()),
+    let work = Import { pool: &pool, image, source, sha256, hook, what };
+    let (staged, downloaded) = work.stage()?;
+    let made = work.extract(staged)?;
+    let (what, explain) = (&work.what, |errno: Errno| work.explain(errno.into()));
+    match made.commit(Place::Images, &image.file, &marks).map_err(explain)? {
+        true => {}
         // Somebody was faster: theirs counts, if it is what ours would have been.
-        false => match adopt_cached(&pool, image, &marks, &what)? {
-            true => Ok(()),
-            false => Err(StepError::failed(&what, "another file came and went under its name")),
+        false => match adopt_cached(&pool, image, source, &marks, what)? {
+            true => {}
+            false => return Err(StepError::failed(what, "another file came and went under its name")),
         },
+    }
+    downloaded.into_iter().for_each(Downloaded::remove);
+    Ok(())
+}
+
+struct Import<'a> {
+    pool: &'a PoolDirectory,
+    image: &'a ImageFile,
+    source: &'a ImageSource,
+    sha256: Sha256,
+    hook: Option<&'a ProgressHook>,
+    what: String,
+}
+
+impl<'a> Import<'a> {
+    fn temporary(&self) -> Result<Temporary<'a>, StepError> {
+        self.pool.temporary(&self.image.file).map_err(|errno| self.explain(errno.into()))
+    }
+
+    fn explain(&self, error: io::Error) -> StepError {
+        match error.raw_os_error().map(Errno::from_raw_os_error) {
+            Some(Errno::STALE) => {
+                StepError::failed(&self.what, "the source became shorter while it was copied")
+            }
+            _ => Space::for_writing(self.pool, 0).explain(&self.what, error),
+        }
+    }
+
+    /// The source's bytes, decompressed, in a file that nobody else can change; their digest was right.
+    fn stage(&self) -> Result<(Temporary<'a>, Option<Downloaded>), StepError> {
+        match &self.source.origin {
+            ImageOrigin::Path(path) => Ok((self.stage_file(path)?, None)),
+            ImageOrigin::Url(url) => {
+                let fetched = download::fetch(self.pool, url, self.sha256, &self.what, self.hook)?;
+                let temporary = self.temporary()?;
+                let mut meter = Meter::new(self.hook, self.image.path(), fetched.bytes);
+                match self.source.compression {
+                    Some(method) => self.unpack(&fetched.file, method, &temporary.file, &mut meter)?,
+                    None => copy::copy(&fetched.file, &temporary.file, fetched.bytes, &mut meter)
+                        .map_err(|errno| self.explain(errno.into()))?,
+                }
+                Ok((temporary, Some(fetched)))
+            }
+        }
+    }
+
+    fn stage_file(&self, path: &Path) -> Result<Temporary<'a>, StepError> {
+        let explain = |errno: Errno| self.explain(errno.into());
+        let (file, length) = open_source(path, &self.what)?;
+        let mut meter = Meter::new(self.hook, self.image.path(), length);
+        if let Some(method) = self.source.compression {
+            let temporary = self.temporary()?;
+            self.unpack(&file, method, &temporary.file, &mut meter)?;
+            return Ok(temporary);
+        }
+        // Before anything is copied: what is no good is refused at once.
+        self.check(&file, length)?;
+        let stat = rustix::fs::fstat(&file).map_err(explain)?;
+        let space = Space::for_writing(self.pool, length.min(stat.st_blocks as u64 * 512));
+        let temporary = self.temporary()?;
+        let found = match copy::reflink(&file, &temporary.file).map_err(explain)? {
+            // What was cloned can't change any more, unlike the source.
+            true => {
+                let cloned = rustix::fs::fstat(&temporary.file).map_err(explain)?.st_size as u64;
+                copy::hash(&temporary.file, cloned, &mut meter).map_err(explain)?
+            }
+            false => {
+                space.check(&self.what)?;
+                copy::copy_and_hash(&file, &temporary.file, length, &mut meter).map_err(explain)?
+            }
+        };
+        self.check_digest(found)?;
+        Ok(temporary)
+    }
+
+    fn unpack(
+        &self,
+        from: &File,
+        method: Compression,
+        to: &File,
+        meter: &mut Meter<'_>,
+    ) -> Result<(), StepError> {
+        let unpacked =
+            unpack::unpack(from, method, to, meter).map_err(|error| match error.raw_os_error() {
+                Some(_) => self.explain(error),
+                None => StepError::Failed {
+                    what: self.what.clone(),
+                    why: format!("it can't be decompressed by {method:?}: {error}"),
+                    hint: Some("is it what `compression` says, and whole?".to_owned()),
+                },
+            })?;
+        self.check_digest(unpacked.0)
+    }
+
+    fn check_digest(&self, found: Sha256) -> Result<(), StepError> {
+        match found == self.sha256 {
+            true => Ok(()),
+            false => Err(StepError::Failed {
+                what: self.what.clone(),
+                why: format!("its SHA-256 digest is {found}, and {} is declared", self.sha256),
+                hint: Some(
+                    "was the source replaced or cut off? Fetch it again, or declare the new digest"
+                        .to_owned(),
+                ),
+            }),
+        }
+    }
+
+    /// Whether the bytes of an (uncompressed) source are what they are declared to be.
+    fn check(&self, file: &File, bytes: u64) -> Result<(), StepError> {
+        let refuse = |error: io::Error| StepError::failed(&self.what, error);
+        match &self.source.container {
+            Container::Plain => {
+                let header = header::of_file(file, bytes).map_err(|errno| refuse(errno.into()))?;
+                check_image(&header, self.image.format, &self.what)
+            }
+            Container::Vmdk => Vmdk::open(Window { file, start: 0, bytes }).map(drop).map_err(refuse),
+            Container::Ova { disk } => {
+                let found = ova::disk(file, bytes, disk.as_deref()).map_err(refuse)?;
+                Vmdk::open(found.window).map(drop).map_err(refuse)
+            }
+        }
+    }
+
+    /// The image out of the staged source.
+    fn extract(&self, staged: Temporary<'a>) -> Result<Temporary<'a>, StepError> {
+        let bytes = staged.file.metadata().map_err(|error| self.explain(error))?.len();
+        // The source may have changed between the first look and the copy.
+        self.check(&staged.file, bytes)?;
+        let made = match &self.source.container {
+            Container::Plain => return Ok(staged),
+            Container::Vmdk => self.flatten(Window { file: &staged.file, start: 0, bytes }),
+            Container::Ova { disk } => ova::disk(&staged.file, bytes, disk.as_deref())
+                .map_err(|error| self.explain(error))
+                .and_then(|disk| self.flatten(disk.window)),
+        }?;
+        Ok(made)
+    }
+
+    fn flatten(&self, window: Window<'_>) -> Result<Temporary<'a>, StepError> {
+        let temporary = self.temporary()?;
+        let write = || {
+            let disk = Vmdk::open(window)?;
+            let capacity_bytes = disk.capacity_bytes();
+            let mut meter = Meter::new(self.hook, self.image.path(), capacity_bytes);
+            let sink = Sink::create(&temporary.file, DiskFormat::Qcow2, capacity_bytes, false)?;
+            disk.each_grain(|bytes, at| {
+                copy::each_non_zero(bytes, at, |run, at| sink.write(run, at))?;
+                meter.at(at);
+                Ok(())
+            })?;
+            meter.at(capacity_bytes);
+            sink.finish()
+        };
+        write().map_err(|error| self.explain(error))?;
+        Ok(temporary)
     }
 }
 
@@ -158,6 +285,7 @@ pub fn import(
 fn adopt_cached(
     pool: &PoolDirectory,
     image: &ImageFile,
+    source: &ImageSource,
     marks: &Marks,
     what: &str,
 ) -> Result<bool, StepError> {
@@ -167,7 +295,18 @@ fn adopt_cached(
     {
         return Err(directory::not_ours(what.to_owned(), Some(owner), wanted));
     }
-    if (&entry.marks.sha256, &entry.marks.owner) != (&marks.sha256, &marks.owner) {
+    let recorded = entry.marks.sha256 == marks.sha256;
+    if !source.is_plain() && !recorded {
+        return Err(StepError::NotOurs {
+            what: what.to_owned(),
+            why: format!(
+                "{} is there already, and nothing says what it was made from",
+                entry.path().display()
+            ),
+        });
+    }
+    // Of an image that was made from its source only the record can tell which source that was.
+    if source.is_plain() && (!recorded || entry.marks.owner != marks.owner) {
         let failed = |errno: Errno| StepError::failed(what, errno);
         let length = entry.bytes()?;
         let mut meter = Meter::new(None, entry.path(), length);

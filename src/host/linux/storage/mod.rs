@@ -9,16 +9,20 @@
 mod boot;
 mod copy;
 pub(in crate::host::linux) mod directory;
+mod download;
 pub mod header;
 mod image;
 mod index;
 mod lvm;
+mod ova;
 mod owner;
 mod qcow2;
 mod resize;
 mod scan;
 mod space;
 mod trash;
+mod unpack;
+pub mod vmdk;
 mod volume;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -81,7 +81,7 @@ impl<'a> Source<'a> {
         }
     }
 
-    fn bytes(&self) -> u64 {
+    pub fn bytes(&self) -> u64 {
         match self {
             Self::Raw { bytes, .. } => *bytes,
             Self::Qcow2(image) => image.size(),
@@ -89,7 +89,7 @@ impl<'a> Source<'a> {
     }
 
     /// The next range at or after `at` that may hold something else than zeroes.
-    fn next_data(&self, mut at: u64) -> io::Result<Option<(u64, u64)>> {
+    pub fn next_data(&self, mut at: u64) -> io::Result<Option<(u64, u64)>> {
         match self {
             Self::Raw { file, bytes } => Ok(copy::next_data(file, at, *bytes)?),
             Self::Qcow2(image) => loop {
@@ -105,7 +105,7 @@ impl<'a> Source<'a> {
         }
     }
 
-    fn read(&self, buffer: &mut [u8], at: u64) -> io::Result<()> {
+    pub fn read(&self, buffer: &mut [u8], at: u64) -> io::Result<()> {
         match self {
             Self::Raw { file, .. } => Ok(copy::read_exact(file, buffer, at)?),
             Self::Qcow2(image) => image.read(buffer, at),
@@ -141,10 +141,20 @@ impl<'a> Sink<'a> {
         }
     }
 
-    fn write(&self, bytes: &[u8], at: u64) -> io::Result<()> {
+    pub fn write(&self, bytes: &[u8], at: u64) -> io::Result<()> {
         match self {
             Self::Raw(file) => Ok(copy::write_all(file, bytes, at)?),
             Self::Qcow2(image) => image.write(bytes, at),
+        }
+    }
+}
+
+impl Sink<'_> {
+    /// Brings what is still in memory to the file.
+    pub fn finish(&self) -> io::Result<()> {
+        match self {
+            Self::Raw(_) => Ok(()),
+            Self::Qcow2(image) => image.flush(),
         }
     }
 }
@@ -165,8 +175,5 @@ pub fn convert(source: &Source<'_>, sink: &Sink<'_>, meter: &mut Meter<'_>) -> i
         }
     }
     meter.at(source.bytes());
-    match sink {
-        Sink::Raw(_) => Ok(()),
-        Sink::Qcow2(image) => image.flush(),
-    }
+    sink.finish()
 }

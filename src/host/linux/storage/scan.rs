@@ -1,6 +1,7 @@
 //! Looking at pools and files: one pass over each directory, nothing followed, nothing changed.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
@@ -9,10 +10,13 @@ use rustix::io::Errno;
 
 use super::directory::{self, PRIVATE, Place};
 use super::owner::{self, MarkStore, Marks};
-use super::{boot, header};
+use super::vmdk::{self, Vmdk, Window};
+use super::{boot, copy, header, ova};
 use crate::host::error::ObserveError;
 use crate::host::linux::ofd;
-use crate::host::snapshot::{FileFacts, Observed, Pool, PoolDirectory as DirectoryFacts, PoolFile};
+use crate::host::snapshot::{
+    DiskFacts, FileFacts, FileKind, Observed, Pool, PoolDirectory as DirectoryFacts, PoolFile,
+};
 use crate::name::Mark;
 
 /// Below this many files another thread costs more than it brings.
@@ -149,6 +153,45 @@ fn regular(file: impl AsFd) -> Result<Option<Stat>, Errno> {
     Ok((FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile).then_some(stat))
 }
 
+/// What a file is by its first bytes, and if that is a disk or an archive of disks, what those are.
+fn kind(file: &File, bytes: u64) -> Result<FileKind, Errno> {
+    let mut prefix = [0; 512];
+    let known = bytes.min(512) as usize;
+    match copy::read_exact(file, &mut prefix[..known], 0) {
+        Ok(()) => {}
+        // It became shorter: another look will tell.
+        Err(Errno::STALE) => return Ok(FileKind::Plain),
+        Err(errno) => return Err(errno),
+    }
+    Ok(match &prefix[..known] {
+        [0x1f, 0x8b, ..] => FileKind::Gzip,
+        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => FileKind::Xz,
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => FileKind::Zstd,
+        prefix if vmdk::is_vmdk(prefix) => {
+            let window = Window { file, start: 0, bytes };
+            let disk = Vmdk::open(window).map_err(|error| error.to_string());
+            FileKind::Vmdk(disk.map(|disk| DiskFacts {
+                name: String::new(),
+                capacity_bytes: disk.capacity_bytes(),
+                unusable: None,
+            }))
+        }
+        prefix if ova::is_tar(prefix) => {
+            let disks = ova::disks(file, bytes).map_err(|error| error.to_string());
+            FileKind::Ova(disks.map(|disks| disks.into_iter().map(disk_facts).collect()))
+        }
+        _ => FileKind::Plain,
+    })
+}
+
+fn disk_facts(disk: ova::Disk<'_>) -> DiskFacts {
+    let (capacity_bytes, unusable) = match Vmdk::open(disk.window) {
+        Ok(found) => (found.capacity_bytes(), None),
+        Err(error) => (0, Some(error.to_string())),
+    };
+    DiskFacts { name: disk.name, capacity_bytes, unusable }
+}
+
 /// A file outside of pools, links followed. `None`: it is not there.
 pub fn outside_file(path: &Path) -> Option<Observed<FileFacts>> {
     let look = || -> Result<Result<FileFacts, &'static str>, Errno> {
@@ -164,6 +207,7 @@ pub fn outside_file(path: &Path) -> Option<Observed<FileFacts>> {
             size_bytes,
             modified_unix_ns: i128::from(stat.st_mtime) * 1_000_000_000 + i128::from(stat.st_mtime_nsec),
             header: header::of_file(&file, size_bytes)?,
+            kind: kind(&File::from(file), size_bytes)?,
         }))
     };
     let what = || format!("look at {}", path.display());
