@@ -8,9 +8,9 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use vmctl::host::Scope;
-use vmctl::host::linux::storage::Storage;
+use vmctl::host::linux::storage::{Export, ExportFormat, Storage};
 use vmctl::host::snapshot::Pool;
-use vmctl::host::step::{ImageFile, NewVolume, NewVolumeContent, Step};
+use vmctl::host::step::{Container, ImageFile, ImageOrigin, ImageSource, NewVolume, NewVolumeContent, Step};
 use vmctl::name::{Mark, ObjectName};
 use vmctl::vmm::config::DiskFormat::{self, Qcow2, Raw};
 
@@ -44,6 +44,11 @@ fn shell(command: &str) -> Result<()> {
         true => Ok(()),
         false => Err(format!("`{command}` failed").into()),
     }
+}
+
+fn digest(path: &Path) -> Result<String> {
+    let output = Command::new("sha256sum").arg(path).output()?;
+    Ok(String::from_utf8(output.stdout)?.split(' ').next().unwrap_or_default().to_owned())
 }
 
 fn timed(action: impl FnOnce() -> Result<()>) -> Result<Duration> {
@@ -84,12 +89,11 @@ impl Bench {
     }
 
     fn import(&self, source: &Path) -> Result<ImageFile> {
-        let output = Command::new("sha256sum").arg(source).output()?;
-        let digest = String::from_utf8(output.stdout)?.split(' ').next().unwrap_or_default().to_owned();
+        let digest = digest(source)?;
         let image = ImageFile { pool_path: self.pool.clone(), file: format!("{digest}.raw"), format: Raw };
         let step = Step::ImportImage {
             image: image.clone(),
-            source: source.to_owned(),
+            source: source.to_owned().into(),
             sha256: digest.parse()?,
             mark: mark("Image", "image")?,
         };
@@ -139,7 +143,66 @@ impl Bench {
         let command =
             format!("cp --sparse=always {0} {1} && sync {1}", from.display(), self.base.join("c2").display());
         line("copy raw, 1 GiB (synced)", ours, timed(|| shell(&command))?, "cp");
+        self.imports_and_exports()?;
         self.scan()
+    }
+
+    /// 2 GiB of which half is data that compresses somewhat, as a system's files do.
+    fn imports_and_exports(&self) -> Result<()> {
+        let raw = self.base.join("system.raw");
+        let mut file = fs::File::create(&raw)?;
+        let mut noise = vec![0; 1 << 20];
+        for round in 0..1024u32 {
+            fs::File::open("/dev/urandom")?.read_exact(&mut noise[..400 << 10])?;
+            noise[400 << 10..].fill(round as u8);
+            file.write_all(&noise)?;
+        }
+        file.set_len(2 << 30)?;
+        file.sync_all()?;
+        let disk = |name: &str| self.base.join(name).display().to_string();
+        for kind in ["monolithicSparse", "streamOptimized"] {
+            let path = disk(&format!("{kind}.vmdk"));
+            shell(&format!("qemu-img convert -f raw -O vmdk -o subformat={kind} {} {path}", raw.display()))?;
+            let sha256 = digest(Path::new(&path))?;
+            let image =
+                ImageFile { pool_path: self.pool.clone(), file: format!("{sha256}.qcow2"), format: Qcow2 };
+            let origin = ImageOrigin::Path(path.clone().into());
+            let source = ImageSource { origin, compression: None, container: Container::Vmdk };
+            let (sha256, mark) = (sha256.parse()?, mark("Image", "image")?);
+            let step = Step::ImportImage { image: image.clone(), source, sha256, mark };
+            let ours = timed(|| Ok(self.storage.run(&step)?))?;
+            let to = disk("imported.qcow2");
+            let convert = format!("qemu-img convert -W -m 8 -f vmdk -O qcow2 {path} {to} && sync {to}");
+            let what = format!("import {kind} vmdk, 2 GiB (synced)");
+            line(&what, ours, timed(|| shell(&convert))?, "qemu-img convert -W -m 8");
+            let verified = timed(|| shell(&format!("sha256sum {path} >/dev/null && {convert}")))?;
+            line(&what, ours, verified, "sha256sum, qemu-img convert");
+            fs::remove_file(image.path())?;
+        }
+        for (format, options, ending) in [
+            (ExportFormat::Qcow2, "-O qcow2", "qcow2"),
+            (ExportFormat::CompressedQcow2, "-c -O qcow2", "qcow2"),
+            (ExportFormat::Vmdk, "-O vmdk -o subformat=streamOptimized", "vmdk"),
+        ] {
+            let to = self.base.join(format!("export.{ending}"));
+            let export = Export { volume: &raw, volume_format: Raw, to: &to, format };
+            let ours = timed(|| Ok(self.storage.export(&export).map(drop)?))?;
+            let theirs = disk(&format!("their.{ending}"));
+            let flags = if options.contains("vmdk") { "" } else { "-W" };
+            let command = format!(
+                "qemu-img convert {flags} -m 8 -f raw {options} {} {theirs} && sync {theirs}",
+                raw.display()
+            );
+            let theirs = timed(|| shell(&command))?;
+            line(
+                &format!("export {format:?}, 2 GiB (synced)"),
+                ours,
+                theirs,
+                &format!("qemu-img convert {options}"),
+            );
+            fs::remove_file(&to)?;
+        }
+        Ok(())
     }
 
     /// Images that are nothing but metadata: `qemu-img` started directly, without and with a sync.

@@ -17,6 +17,7 @@ mod direct;
 mod error;
 mod exit;
 mod explain;
+mod export;
 mod get;
 mod graph;
 mod init;
@@ -85,6 +86,7 @@ enum Command {
     PoolList(lists::pool_list::Command),
     NetList(lists::net_list::Command),
     Adopt(adopt::Command),
+    Export(export::Command),
     Agent(agent::Command),
     Explain(explain::Command),
     Schema(schema::Command),
@@ -128,6 +130,7 @@ impl Command {
             | Self::Logs(_)
             | Self::Adopt(_)
             | Self::Agent(_)
+            | Self::Export(_)
             | Self::Schema(_)
             | Self::Completion(_) => false,
         }
@@ -158,6 +161,7 @@ impl Command {
             Self::PoolList(command) => command.run(session),
             Self::NetList(command) => command.run(session),
             Self::Adopt(command) => command.run(session),
+            Self::Export(command) => command.run(session),
             Self::Agent(command) => command.run(session),
             Self::Explain(command) => command.run(session),
             Self::Schema(command) => command.run(session),

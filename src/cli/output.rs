@@ -1,8 +1,11 @@
 //! Where results and errors go: results to stdout, all else to stderr. A reader that goes away (a closed
 //! pipe) ends the printing and not the work.
 
+use std::collections::BTreeMap;
 use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use clap::ValueEnum;
 use serde::Serialize;
@@ -10,6 +13,7 @@ use serde::Serialize;
 use super::error::CliError;
 use crate::load::Diagnostic;
 use crate::report::text::Style;
+use crate::report::units::size;
 
 /// When output is coloured.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -46,7 +50,11 @@ pub struct Output {
     /// Errors are JSON objects.
     pub json: bool,
     failed: AtomicBool,
+    /// What is being copied, and how far that is: bytes done, and in all (0: not known).
+    pub copies: Copies,
 }
+
+pub type Copies = Arc<Mutex<BTreeMap<PathBuf, (u64, u64)>>>;
 
 impl Output {
     pub fn new(color: Color, quiet: bool, verbose: u8, json: bool) -> Self {
@@ -60,6 +68,20 @@ impl Output {
             verbose,
             json,
             failed: AtomicBool::new(false),
+            copies: Copies::default(),
+        }
+    }
+
+    /// `1.2Gi of 4.0Gi, 30 %`, while something is copied.
+    pub fn copied(&self) -> Option<String> {
+        let copies = self.copies.lock().unwrap_or_else(PoisonError::into_inner);
+        let (done, total) = copies.values().fold((0, 0), |sum, copy| (sum.0 + copy.0, sum.1 + copy.1));
+        match (copies.is_empty(), total) {
+            (true, _) => None,
+            (false, 0) => Some(size(done)),
+            (false, _) => {
+                Some(format!("{} of {}, {} %", size(done), size(total), done.min(total) * 100 / total))
+            }
         }
     }
 

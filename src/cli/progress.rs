@@ -72,12 +72,17 @@ fn redraw(out: &Output, running: &(Mutex<Running>, Condvar)) {
 impl Running {
     fn draw(&mut self, out: &Output) {
         let slow = |(_, since): &&(String, Instant)| since.elapsed() >= SHOWN_AFTER;
-        let Some((step, since)) = self.steps.values().filter(slow).min_by_key(|(_, since)| *since) else {
-            return self.erase(out);
+        let copied = out.copied();
+        let line = match (self.steps.values().filter(slow).min_by_key(|(_, since)| *since), copied) {
+            (Some((step, since)), copied) => {
+                let others = self.steps.values().filter(slow).count() - 1;
+                let others = if others > 0 { format!(", and {others} more") } else { String::new() };
+                let copied = copied.map(|copied| format!("; {copied}")).unwrap_or_default();
+                format!("… {step} ({} s{others}{copied})", since.elapsed().as_secs())
+            }
+            (None, Some(copied)) => format!("… {copied}"),
+            (None, None) => return self.erase(out),
         };
-        let others = self.steps.values().filter(slow).count() - 1;
-        let others = if others > 0 { format!(", and {others} more") } else { String::new() };
-        let line = format!("… {step} ({} s{others})", since.elapsed().as_secs());
         let width = out.style.width.unwrap_or(80).saturating_sub(1);
         let line: String = line.chars().take(width).collect();
         out.print(&format!("\r\x1b[K{}", out.style.dim(&line)));

@@ -1,6 +1,7 @@
 //! What every command works with: where the state is, which host, and where to print.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use clap::Args;
@@ -9,6 +10,7 @@ use super::args::SourceArgs;
 use super::error::{CliError, Result};
 use super::exit::Exit;
 use super::output::{Color, Output};
+use crate::host::linux::storage::{Progress, Storage};
 use crate::host::linux::{HostLock, LinuxHost, LockError};
 use crate::load::{self, Options};
 use crate::name::SetName;
@@ -65,7 +67,20 @@ impl Session {
     }
 
     pub fn host(&self) -> LinuxHost {
-        LinuxHost::new(&self.state_dir, &self.run_dir, &self.vmm_program)
+        let host = LinuxHost::new(&self.state_dir, &self.run_dir, &self.vmm_program);
+        if !self.out.is_terminal {
+            return host;
+        }
+        let copies = Arc::clone(&self.out.copies);
+        let hook = move |progress: Progress| {
+            let mut copies = copies.lock().unwrap_or_else(PoisonError::into_inner);
+            if progress.done_bytes == progress.total_bytes {
+                copies.remove(&progress.path);
+            } else {
+                copies.insert(progress.path, (progress.done_bytes, progress.total_bytes));
+            }
+        };
+        host.with_storage(Storage::new(&self.state_dir).with_progress(Arc::new(hook)))
     }
 
     /// One run at a time; `command` is what others are told while we hold the lock.

@@ -95,6 +95,11 @@ impl LinuxHost {
         self.files.observe()
     }
 
+    /// Writes a volume to a file that needs nothing else; gives the file's length.
+    pub fn export(&self, export: &storage::Export<'_>) -> Result<u64, StepError> {
+        self.storage.export(export)
+    }
+
     pub fn state_dir(&self) -> &Path {
         &self.vms.state_dir
     }

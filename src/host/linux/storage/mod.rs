@@ -10,6 +10,7 @@ mod boot;
 mod copy;
 pub(in crate::host::linux) mod directory;
 mod download;
+mod export;
 pub mod header;
 mod image;
 mod index;
@@ -34,6 +35,8 @@ use std::time::Duration;
 
 use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
+
+pub use self::export::{Export, ExportFormat};
 
 use self::directory::PoolDirectory;
 use self::index::IndexEntry;
@@ -145,6 +148,11 @@ impl Storage {
             Step::Lvm(step) => lvm::run(step, &self.state_dir, hook),
             other => Err(StepError::failed(format!("run {other:?}"), "it is not a step of storage")),
         }
+    }
+
+    /// Writes a volume to a file that needs nothing else; gives the file's length.
+    pub fn export(&self, export: &Export<'_>) -> Result<u64, StepError> {
+        export::export(export, self.progress.as_ref())
     }
 
     /// Removes what has been in the pool's trash for at least `ttl`; returns what was removed.

@@ -8,6 +8,7 @@ use std::io;
 
 use imago::format::PreallocateMode;
 use imago::qcow2::Qcow2;
+use imago::raw::Raw;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder, Mapping};
 
 use super::copy::{self, Meter};
@@ -79,6 +80,24 @@ impl<'a> Source<'a> {
             DiskFormat::Raw => Ok(Self::Raw { file, bytes: file_bytes }),
             DiskFormat::Qcow2 => Ok(Self::Qcow2(Box::new(open(file, false)?))),
         }
+    }
+
+    /// With the one image that it is an overlay of, which is opened too.
+    pub fn open_chain(
+        file: &'a File,
+        format: DiskFormat,
+        file_bytes: u64,
+        backing: Option<(&File, DiskFormat)>,
+    ) -> io::Result<Self> {
+        let Some((below, below_format)) = backing.filter(|_| format == DiskFormat::Qcow2) else {
+            return Self::open(file, format, file_bytes);
+        };
+        let below = match below_format {
+            DiskFormat::Raw => FormatAccess::new(Raw::open_image(storage(below)?, false)?),
+            DiskFormat::Qcow2 => open(below, false)?,
+        };
+        let image = Qcow2::<Storage>::builder(storage(file)?).backing(Some(below)).data_file(None);
+        Ok(Self::Qcow2(Box::new(FormatAccess::new(image.open(DenyImplicitOpenGate::default())?))))
     }
 
     pub fn bytes(&self) -> u64 {
