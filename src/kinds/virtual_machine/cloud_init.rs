@@ -163,6 +163,7 @@ mod tests {
         let interface = |guest_network| Interface {
             name: String::new(),
             attachment: Attachment::Bridge(ObjectName::parse("br0").unwrap()),
+            addresses: Default::default(),
             mac_address: None,
             vlans: None,
             queues: 1,

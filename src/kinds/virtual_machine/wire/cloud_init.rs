@@ -31,6 +31,18 @@ pub struct CloudInit {
     pub user_data_file: Option<String>,
 }
 
+/// A NIC's network as cloud-init sets it up in the guest, without DHCP.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct StaticNetwork {
+    /// Its addresses, such as `10.0.0.5/24`.
+    pub addresses: Vec<String>,
+    /// The default gateways, at most one for IPv4 and one for IPv6. Default: none.
+    pub gateways: Option<Vec<String>>,
+    /// The guest's name servers on this NIC. Default: none.
+    pub nameservers: Option<Vec<String>>,
+}
+
 /// What user data may begin with; cloud-init ignores everything else but for a line in its log.
 const USER_DATA_BEGINS: [&str; 10] = [
     "#cloud-config",
@@ -130,23 +142,25 @@ fn public_key_problem(key: &str) -> Option<String> {
 
 /// The addresses, gateways and name servers of a NIC.
 pub(super) fn guest_network(
-    [addresses, gateways, nameservers]: [Option<Vec<String>>; 3],
+    declared: Option<StaticNetwork>,
     has_cloud_init: bool,
     pointer: &str,
     problems: &mut Problems,
 ) -> GuestNetwork {
-    let given = [("addresses", &addresses), ("gateways", &gateways), ("nameservers", &nameservers)];
+    let Some(declared) = declared else { return GuestNetwork::default() };
+    let pointer = format!("{pointer}/staticNetwork");
     if !has_cloud_init {
-        for (field, _) in given.into_iter().filter(|(_, given)| given.is_some()) {
-            let message =
-                format!("`{field}` has a meaning only with `cloudInit`, which gives it to the guest");
-            let problem = SpecProblem::new(format!("{pointer}/{field}"), message);
-            problems.add(problem.hint("`cloudInit: {}` suffices"));
-        }
+        let message = "it has a meaning only with `cloudInit`, which gives it to the guest";
+        problems.add(SpecProblem::new(&pointer, message).hint("`cloudInit: {}` suffices"));
     }
-    let addresses: Vec<IpPrefix> = parse_all(addresses, &format!("{pointer}/addresses"), problems);
-    let gateways: Vec<IpAddr> = parse_all(gateways, &format!("{pointer}/gateways"), problems);
-    let nameservers = parse_all(nameservers, &format!("{pointer}/nameservers"), problems);
+    if declared.addresses.is_empty() {
+        let message = "no address; without one the guest asks by DHCP, and this is left out";
+        problems.add(SpecProblem::new(format!("{pointer}/addresses"), message));
+    }
+    let addresses: Vec<IpPrefix> =
+        parse_all(Some(declared.addresses), &format!("{pointer}/addresses"), problems);
+    let gateways: Vec<IpAddr> = parse_all(declared.gateways, &format!("{pointer}/gateways"), problems);
+    let nameservers = parse_all(declared.nameservers, &format!("{pointer}/nameservers"), problems);
     for (index, gateway) in gateways.iter().enumerate() {
         let pointer = format!("{pointer}/gateways/{index}");
         if gateways[..index].iter().any(|other| other.is_ipv4() == gateway.is_ipv4()) {

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::super::{
     AccessVlan, Attachment, Disk as InnerDisk, Interface as InnerInterface, TrunkVlans, Vlans as InnerVlans,
 };
+use super::cloud_init::StaticNetwork;
 use super::device_name;
 use crate::kinds::{Problems, SpecProblem};
 use crate::name::{ByteSize, MacAddress, ObjectName, VlanId};
@@ -92,12 +93,8 @@ pub struct Interface {
     /// Queue pairs, 1 to 8: more than one helps a guest of several vCPUs with many connections. Default: 1.
     #[schemars(range(min = 1, max = 8))]
     pub queues: Option<u16>,
-    /// With `cloudInit`: its addresses in the guest, such as `10.0.0.5/24`. Default: the guest asks by DHCP.
-    pub addresses: Option<Vec<String>>,
-    /// With `addresses`: the default gateways, at most one for IPv4 and one for IPv6. Default: none.
-    pub gateways: Option<Vec<String>>,
-    /// With `cloudInit`: the guest's name servers on this NIC. Default: what DHCP says, or none.
-    pub nameservers: Option<Vec<String>>,
+    /// With `cloudInit`: what the guest gives this NIC by itself. Default: it asks by DHCP.
+    pub static_network: Option<StaticNetwork>,
     /// Whether the guest sees a carrier, as with a cable that is plugged in; changes live. Default: true.
     pub link_up: Option<bool>,
     /// The most that may pass in each direction; changes live. Default: no limits.
@@ -261,12 +258,8 @@ impl Interface {
         problems: &mut Problems,
     ) -> Option<InnerInterface> {
         let pointer = format!("/interfaces/{index}");
-        let guest_network = super::cloud_init::guest_network(
-            [self.addresses, self.gateways, self.nameservers],
-            has_cloud_init,
-            &pointer,
-            problems,
-        );
+        let guest_network =
+            super::cloud_init::guest_network(self.static_network, has_cloud_init, &pointer, problems);
         let name = device_name(self.name, "net", index, &pointer, names, problems);
         let attachment = match (&self.bridge, &self.network) {
             (Some(bridge), None) => {
