@@ -226,7 +226,7 @@ impl<'a> Tail<'a> {
     }
 
     fn align(&mut self, to: u64) -> io::Result<()> {
-        const ZEROES: [u8; CLUSTER_BYTES as usize] = [0; CLUSTER_BYTES as usize];
+        static ZEROES: [u8; CLUSTER_BYTES as usize] = [0; CLUSTER_BYTES as usize];
         let padding = self.at.next_multiple_of(to) - self.at;
         self.write(&ZEROES[..padding as usize])
     }
