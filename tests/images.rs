@@ -264,12 +264,15 @@ enum Serve {
     Status(u16),
 }
 
+/// The file, its tag, and what is done with the next requests.
+type Served = (Vec<u8>, String, Vec<Serve>);
+
 /// A server of one file on a loopback of its own; answers requests as they are listed, then as the last.
 struct Server {
     url: String,
     /// `range` and `if-range` of each request.
     asked: Arc<Mutex<Vec<(String, String)>>>,
-    state: Arc<Mutex<(Vec<u8>, String, Vec<Serve>)>>,
+    state: Arc<Mutex<Served>>,
 }
 
 impl Server {
@@ -299,7 +302,7 @@ impl Server {
 fn answer(
     mut stream: TcpStream,
     log: &Mutex<Vec<(String, String)>>,
-    state: &Mutex<(Vec<u8>, String, Vec<Serve>)>,
+    state: &Mutex<Served>,
 ) -> std::io::Result<()> {
     let (mut range, mut condition) = (String::new(), String::new());
     for line in BufReader::new(stream.try_clone()?).lines() {
