@@ -170,6 +170,7 @@ mod tests {
             link_up: true,
             receive_limits: Default::default(),
             transmit_limits: Default::default(),
+            anti_spoofing: Default::default(),
             guest_network,
         };
         let nics = ["net0", "net1"].map(|name| NicConfig::new(name, "tap", "52:54:00:00:00:01"));
