@@ -309,7 +309,7 @@ fn death_before_any_step_converges() {
 }
 
 #[test]
-fn thin_volumes_share_what_they_have_and_get_their_devices_back() {
+fn thin_volumes_share_what_they_have_and_a_full_pool_loses_nothing() {
     if ran_in_lab() {
         return;
     }
@@ -341,6 +341,31 @@ fn thin_volumes_share_what_they_have_and_get_their_devices_back() {
     lab.apply("");
     lab.in_sync();
     assert_eq!(bytes_of("/dev/vg0/copy"), 20 * MIB);
+
+    // More than the pool holds, written by a guest.
+    lab.write("data.yaml", &volume("data", "thin", "96Mi", ""));
+    lab.write("vm.yaml", &vm("web", "data"));
+    lab.apply("");
+    lab.in_sync();
+    let mut guest = lab.guest("web");
+    guest.succeeds(
+        "{ (tr '\\000' V < /dev/zero | dd of=/dev/vda bs=1M count=80 iflag=fullblock oflag=direct; echo over=$? > /tmp/over) >/dev/null 2>&1 & }",
+    );
+    let patience = std::time::Duration::from_secs(90);
+    let says = |what: &str, word: &str| shell(&format!("vmctl get {what} -o json")).stdout_has(word);
+    tutorial::until("the guest waits for room", patience, || says("vm", "DiskFull").then_some(()));
+    assert!(says("pool", "PoolNearlyFull"), "{}", run("vmctl get pool -o json"));
+    let plan = lab.diff().to_string();
+    assert!(plan.contains("PoolNearlyFull"), "{plan}");
+    // It is paused: nothing was called done that isn't, and nothing failed.
+    assert!(says("vm", "\"Paused\""), "{}", run("vmctl get vm -o json"));
+    // Room comes, and the guest goes on as if nothing had been.
+    run("lvextend -q -L +64m vg0/pool");
+    tutorial::until("the guest's writes are over", patience, || {
+        (guest.run("cat /tmp/over").1.trim() == "over=0").then_some(())
+    });
+    tutorial::until("the condition is over", patience, || (!says("vm", "DiskFull")).then_some(()));
+    run("head -c 83886080 /dev/vg0/data | tr -d V | cmp - /dev/null");
     assert_eq!(digest("/dev/vg0/golden"), golden);
     assert_eq!(digest("/dev/vg0/foreign"), foreign);
 }

@@ -83,7 +83,7 @@ pub fn vm(name: &str, disk: &str) -> String {
         "  boot:\n    kernel: /guest/vmlinux\n    initrd: /guest/initrd\n    cmdline: console=ttyS0 quiet host={name}\n"
     );
     let spec = format!(
-        "  cpus: 1\n  memory: 128Mi\n  shutdownTimeoutSeconds: 0\n{boot}  disks:\n    - volume: {disk}\n"
+        "  cpus: 1\n  memory: 512Mi\n  shutdownTimeoutSeconds: 0\n{boot}  disks:\n    - volume: {disk}\n"
     );
     manifest("VirtualMachine", name, &spec)
 }
@@ -94,4 +94,14 @@ pub fn digest(device: &str) -> String {
 
 pub fn bytes_of(device: &str) -> u64 {
     run(&format!("blockdev --getsize64 {device}")).trim().parse().unwrap()
+}
+
+pub trait Said {
+    fn stdout_has(&self, word: &str) -> bool;
+}
+
+impl Said for Output {
+    fn stdout_has(&self, word: &str) -> bool {
+        String::from_utf8_lossy(&self.stdout).contains(word)
+    }
 }
