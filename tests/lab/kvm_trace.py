@@ -33,6 +33,10 @@ def show_process(pid):
         print(f"  {read(f'{task}/comm'):12} {stat[0] if stat else '?'} ticks {ticks} "
               f"wchan {read(f'{task}/wchan')} syscall {read(f'{task}/syscall')}")
         print("    " + read(f"{task}/stack").replace("\n", "\n    "))
+    counts = {path.rsplit("/")[-1]: read(path).split("eventfd-count:")[-1].split()[0]
+              for path in glob.glob(f"/proc/{pid}/fdinfo/*") if "eventfd-count:" in read(path)}
+    print("  events not taken, by descriptor: "
+          + (", ".join(f"{fd}={count}" for fd, count in counts.items() if count != "0") or "none"))
     for directory in glob.glob(f"/sys/kernel/debug/kvm/{pid}-*"):
         counts = {name: read(f"{directory}/{name}") for name in os.listdir(directory)
                   if os.path.isfile(f"{directory}/{name}")}

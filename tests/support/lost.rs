@@ -48,9 +48,14 @@ pub fn judge(vm: &RunningVm, resets: u64) -> Verdict {
         Err(error) => return failed(format!("{counts}; no trace of KVM: {error}")),
     };
     let kvm = kvm_counts(vm.pid);
+    let (events, threads) = (events_not_taken(vm.pid), threads(vm.pid));
+    let devices = format!("{:?} {:?}", metrics.disks, metrics.nics);
     Verdict {
         lost: in_host > 0 && in_host * 2 > exits,
-        evidence: format!("{counts}; of {exits} exits in {TRACED:?} {in_host} at {SYMBOL} of the lab; {kvm}"),
+        evidence: format!(
+            "{counts}; of {exits} exits in {TRACED:?} {in_host} at {SYMBOL} of the lab; events not taken, by \
+             descriptor: {events:?}; threads: {threads:?}; {devices}; {kvm}"
+        ),
     }
 }
 
@@ -91,6 +96,25 @@ fn range_of(symbol: &str) -> std::io::Result<Range<u64>> {
     let start = text.lines().find(named).and_then(address).ok_or_else(none)?;
     let end = text.lines().filter_map(address).filter(|&other| other > start).min().unwrap_or(start + 512);
     Ok(start..end)
+}
+
+/// The event descriptors that were written to and not read since, with their counts.
+fn events_not_taken(pid: i32) -> Vec<(String, u64)> {
+    let entries = std::fs::read_dir(format!("/proc/{pid}/fdinfo")).into_iter().flatten().flatten();
+    let count = |entry: std::fs::DirEntry| {
+        let text = std::fs::read_to_string(entry.path()).ok()?;
+        let count = text.lines().find_map(|line| line.strip_prefix("eventfd-count:"))?.trim();
+        let count = u64::from_str_radix(count, 16).ok().filter(|&count| count > 0)?;
+        Some((entry.file_name().to_string_lossy().into_owned(), count))
+    };
+    entries.filter_map(count).collect()
+}
+
+/// Names of threads, and the system calls in which they are.
+fn threads(pid: i32) -> Vec<(String, String)> {
+    let entries = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let read = |path: std::path::PathBuf| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+    entries.map(|task| (read(task.path().join("comm")), read(task.path().join("syscall")))).collect()
 }
 
 /// What KVM counts of the VM, without zeroes.
