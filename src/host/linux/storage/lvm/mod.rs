@@ -215,7 +215,8 @@ fn create_pool(new: &NewLvmPool, what: &str) -> Result<(), StepError> {
     match group.thin_pool(place) {
         None => Err(StepError::failed(what, format!("there is no thin pool {full}"))),
         Some(pool) => {
-            if pool.tags.making {
+            // Asked for what is so already, LVM fails.
+            if pool.tags.making && !pool.errors_when_full {
                 // A pool of ours: what finds no room is told so at once and can wait for it.
                 change(what, &["lvchange", "--errorwhenfull", "y", &full])?;
             }

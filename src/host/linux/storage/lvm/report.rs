@@ -24,7 +24,8 @@ const ARGUMENTS: &[&str] = &[
     "--configreport",
     "lv",
     "-o",
-    "lv_name,lv_uuid,lv_attr,lv_tags,lv_size,lv_layout,lv_role,pool_lv,data_percent,metadata_percent",
+    "lv_name,lv_uuid,lv_attr,lv_tags,lv_size,lv_layout,lv_role,pool_lv,data_percent,metadata_percent,\
+     lv_when_full",
     "--configreport",
     "pv",
     "-o",
@@ -76,6 +77,7 @@ struct VolumeRow {
     pool_lv: String,
     data_percent: String,
     metadata_percent: String,
+    lv_when_full: String,
 }
 
 #[derive(Deserialize)]
@@ -113,6 +115,8 @@ pub struct LogicalVolume {
     pub metadata_used: u32,
     /// Of a thin pool: new blocks read as zeroes.
     pub zeroes: bool,
+    /// Of a thin pool: a write that finds no room fails at once.
+    pub errors_when_full: bool,
     pub failing: Option<String>,
 }
 
@@ -288,6 +292,7 @@ impl LogicalVolume {
             data_used: hundredths(&row.data_percent),
             metadata_used: hundredths(&row.metadata_percent),
             zeroes: attribute(7) == 'z',
+            errors_when_full: row.lv_when_full == "error",
             failing: failing.map(str::to_owned),
         };
         Ok((row.lv_name, volume))
@@ -304,14 +309,14 @@ mod tests {
           "pv": [ {"pv_name":"/dev/loop0", "vg_name":"vg0"} ],
           "lv": [
             {"lv_name":"data", "lv_uuid":"a", "lv_attr":"-wi-a-----", "lv_tags":"", "lv_size":"20971520",
-             "lv_layout":"linear", "lv_role":"public", "pool_lv":"", "data_percent":"", "metadata_percent":""},
+             "lv_layout":"linear", "lv_role":"public", "pool_lv":"", "data_percent":"", "metadata_percent":"", "lv_when_full":""},
             {"lv_name":"thin", "lv_uuid":"b", "lv_attr":"twi-aotzD-", "lv_tags":"vmctl.making", "lv_size":"209715200",
-             "lv_layout":"thin,pool", "lv_role":"private", "pool_lv":"", "data_percent":"100.00", "metadata_percent":"10.9"},
+             "lv_layout":"thin,pool", "lv_role":"private", "pool_lv":"", "data_percent":"100.00", "metadata_percent":"10.9", "lv_when_full":"error"},
             {"lv_name":"t1", "lv_uuid":"c", "lv_attr":"Vwi---tz-k", "lv_tags":"", "lv_size":"54525952",
              "lv_layout":"thin,sparse", "lv_role":"public,origin,thinorigin", "pool_lv":"thin", "data_percent":"7.25",
-             "metadata_percent":""},
+             "metadata_percent":"", "lv_when_full":""},
             {"lv_name":"lvol0_pmspare", "lv_uuid":"d", "lv_attr":"ewi-------", "lv_tags":"", "lv_size":"4194304",
-             "lv_layout":"linear", "lv_role":"private,pool,spare", "pool_lv":"", "data_percent":"", "metadata_percent":""}
+             "lv_layout":"linear", "lv_role":"private,pool,spare", "pool_lv":"", "data_percent":"", "metadata_percent":"", "lv_when_full":""}
           ], "pvseg": [], "seg": [] },
         { "pv": [ {"pv_name":"/dev/loop1", "vg_name":""} ], "pvseg": [] } ] }"#;
 
@@ -326,7 +331,8 @@ mod tests {
         let thin = Shape::Thin { pool: "thin".to_owned() };
         assert_eq!(shapes, [&Shape::Linear, &Shape::Other, &thin, &Shape::ThinPool]);
         let pool = &group.volumes["thin"];
-        assert_eq!((pool.data_used, pool.metadata_used, pool.zeroes), (10000, 1090, true));
+        assert_eq!((pool.data_used, pool.metadata_used), (10000, 1090));
+        assert!(pool.zeroes && pool.errors_when_full);
         assert_eq!(pool.failing.as_deref(), Some("out of data space"));
         assert!(group.volumes["data"].active && !group.volumes["t1"].active);
         assert_eq!(group.volumes["t1"].data_used, 725);
