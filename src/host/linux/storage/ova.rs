@@ -1,6 +1,7 @@
 //! OVAs: a tar archive of an OVF description and the disks that it names. Nothing is unpacked to a name: a
 //! disk is read where it lies in the archive, so no name in it can lead anywhere.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 
@@ -152,7 +153,7 @@ fn is_plain(name: &str) -> bool {
     super::directory::is_plain(name) && !name.contains('\\')
 }
 
-/// The files of the OVF's disks, in its order.
+/// The files of the OVF's disks, each once.
 fn disk_files(text: &str) -> io::Result<Vec<String>> {
     let options =
         roxmltree::ParsingOptions { allow_dtd: false, nodes_limit: XML_NODES_MAX, ..Default::default() };
@@ -166,19 +167,27 @@ fn disk_files(text: &str) -> io::Result<Vec<String>> {
     let elements = |name: &'static str| {
         document.descendants().filter(move |node| node.is_element() && node.tag_name().name() == name)
     };
+    // Looked up, not searched for: a hostile description may have ten thousands of either.
+    let files: BTreeMap<String, roxmltree::Node<'_, '_>> =
+        elements("File").filter_map(|file| Some((attribute(&file, "id")?, file))).collect();
     let mut names = Vec::new();
     // Disks without a file are blank ones, which an Image isn't made of.
-    for reference in elements("Disk").filter_map(|disk| attribute(&disk, "fileRef")) {
-        let file = elements("File").find(|file| attribute(file, "id").as_deref() == Some(reference.as_str()));
-        let file =
-            file.ok_or_else(|| malformed("its OVF description refers to a file that it doesn't list"))?;
-        let name = attribute(&file, "href").unwrap_or_default();
+    let references: BTreeSet<String> =
+        elements("Disk").filter_map(|disk| attribute(&disk, "fileRef")).collect();
+    if references.len() > MEMBERS_MAX {
+        return Err(malformed(format!("its OVF description names more than {MEMBERS_MAX} disks")));
+    }
+    for reference in references {
+        let file = files
+            .get(&reference)
+            .ok_or_else(|| malformed("its OVF description refers to a file that it doesn't list"))?;
+        let name = attribute(file, "href").unwrap_or_default();
         if !is_plain(&name) || name.chars().count() > NAME_CHARS_MAX {
             return Err(malformed("its OVF description names a file elsewhere"));
         }
         let packed =
-            attribute(&file, "compression").is_some_and(|method| method != "identity" && !method.is_empty());
-        if packed || attribute(&file, "chunkSize").is_some() {
+            attribute(file, "compression").is_some_and(|method| method != "identity" && !method.is_empty());
+        if packed || attribute(file, "chunkSize").is_some() {
             return Err(malformed(format!("its disk `{name}` is compressed as a whole, or in chunks")));
         }
         if !names.contains(&name) {
