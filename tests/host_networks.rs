@@ -265,7 +265,7 @@ fn edits() -> impl Strategy<Value = Edit> {
         Edit::Nft(match which {
             0 => format!("add table {table}"),
             1 => format!("add table {table}; add chain {table} c{number}; add rule {table} c{number} counter"),
-            2 => format!("add table {table}; add chain {table} pre {{ type filter hook prerouting priority {number}; }}"),
+            2 => format!("add table {table}; add chain {table} pre{number} {{ type filter hook prerouting priority {number}; }}"),
             _ => format!("add table {table}; delete table {table}"),
         })
     });
