@@ -50,7 +50,9 @@ fn bridges_are_written_as_they_are_and_adopted() {
     ] {
         assert!(text.contains(line), "no `{line}` in\n{text}");
     }
-    ground.expect(1, "diff -f manifests").says("Plan: 2 to adopt. Downtime: none.");
+    ground
+        .expect(0, "diff -f manifests")
+        .says("No differences (2 objects). 2 to adopt: `apply` only marks what is there.");
     ground.expect(0, "apply -f manifests").says("Bridge/br0 adopted");
     ground.expect(0, "diff -f manifests").says("No differences");
     // What is vmctl's is not written a second time, and files are never replaced.
@@ -93,7 +95,9 @@ fn a_directory_of_images_becomes_a_pool() {
         .complains("disk.img: the file of a qcow2 volume is named NAME.qcow2: rename it")
         .complains("notes.txt: the file of a raw volume is named NAME.raw")
         .complains("Volume/over: it is an overlay on");
-    ground.expect(1, "diff -f manifests").says("Plan: 4 to adopt. Downtime: none.");
+    ground
+        .expect(0, "diff -f manifests")
+        .says("No differences (4 objects). 4 to adopt: `apply` only marks what is there.");
     ground.expect(0, "apply -f manifests").says("4 done");
     ground.expect(0, "diff -f manifests").says("No differences (4 objects).");
     ground.expect(2, "adopt --pool nothing-there").complains("is not a directory");
@@ -115,19 +119,34 @@ WARNING: THIS IS AN AUTO-GENERATED FILE.
 </pool>
 ";
 const FAR: &str = "<pool type='netfs'><name>far</name><target><path>/far</path></target></pool>";
-/// As Debian's libvirt-daemon-config-network has it.
+/// As Debian's libvirt-daemon-config-network installs it.
 const NETWORK: &str = "<network>
   <name>default</name>
-  <uuid>8a6f8e5a-56a1-4fb4-9f9e-5d9d3d7b0c1e</uuid>
-  <forward mode='nat'/>
-  <bridge name='virbr0' stp='on' delay='0'/>
-  <mac address='52:54:00:ab:cd:ef'/>
+  <bridge name='virbr0'/>
+  <forward/>
   <ip address='192.168.122.1' netmask='255.255.255.0'>
     <dhcp>
       <range start='192.168.122.2' end='192.168.122.254'/>
-      <host mac='52:54:00:00:00:01' name='web' ip='192.168.122.10'/>
     </dhcp>
   </ip>
+</network>
+";
+/// As `virsh net-define` writes one.
+const OFFICE: &str = "<network>
+  <name>office</name>
+  <uuid>8a6f8e5a-56a1-4fb4-9f9e-5d9d3d7b0c1e</uuid>
+  <forward mode='nat'><nat><port start='1024' end='65535'/></nat></forward>
+  <bridge name='virbr1' stp='on' delay='0'/>
+  <mac address='52:54:00:ab:cd:ef'/>
+  <domain name='office.internal' localOnly='yes'/>
+  <dns><forwarder addr='192.0.2.53'/><host ip='10.9.0.2'><hostname>printer</hostname></host></dns>
+  <ip address='10.9.0.1' netmask='255.255.255.0'>
+    <dhcp>
+      <range start='10.9.0.100' end='10.9.0.200'/>
+      <host mac='52:54:00:AA:00:04' name='web' ip='10.9.0.10'/>
+    </dhcp>
+  </ip>
+  <ip family='ipv6' address='fd00:9::1' prefix='64'/>
 </network>
 ";
 const HOST_BRIDGE: &str = "<network><name>lan</name><forward mode='bridge'/><bridge name='br0'/></network>";
@@ -166,6 +185,10 @@ const DOMAIN: &str = "<domain type='kvm'>
     <interface type='network'>
       <mac address='52:54:00:aa:00:03'/><source network='lan'/><model type='virtio'/>
     </interface>
+    <interface type='network'>
+      <mac address='52:54:00:aa:00:04'/><source network='office'/><model type='virtio'/>
+    </interface>
+    <tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>
     <serial type='pty'/><console type='pty'/><channel type='unix'/>
     <graphics type='spice' autoport='yes'/><video><model type='qxl'/></video>
     <memballoon model='virtio'/><rng model='virtio'/><vsock model='virtio'><cid auto='no' address='7'/></vsock>
@@ -175,6 +198,17 @@ const DOMAIN: &str = "<domain type='kvm'>
 const BROKEN: &str = "<domain type='kvm'><name>old</name><memory>1</memory><devices>
   <disk type='file' device='disk'><source file='/elsewhere/old.img'/><target dev='hda' bus='ide'/></disk>
   <interface type='direct'><source dev='eth0' mode='bridge'/></interface></devices></domain>";
+/// What can't be the same machine here, each for its own reason.
+const OTHERS: [(&str, &str, &str); 4] = [
+    ("arm", "<os><type arch='aarch64'>hvm</type></os>", "its guest is of aarch64"),
+    ("luks", "<devices>DISK<encryption format='luks'/></disk></devices>", "its disk vda is encrypted"),
+    ("once", "<devices>DISK<transient/></disk></devices>", "its disk vda forgets what is written to it"),
+    (
+        "usb",
+        "<devices>DISK</disk><interface type='hostdev'/></devices>",
+        "NICs of type hostdev have no bridge",
+    ),
+];
 
 #[test]
 fn libvirts_files_become_manifests_with_what_they_cannot_say() {
@@ -182,9 +216,26 @@ fn libvirts_files_become_manifests_with_what_they_cannot_say() {
     ground.write("libvirt/storage/default.xml", POOL);
     ground.write("libvirt/storage/far.xml", FAR);
     ground.write("libvirt/qemu/networks/default.xml", NETWORK);
+    ground.write("libvirt/qemu/networks/office.xml", OFFICE);
     ground.write("libvirt/qemu/networks/lan.xml", HOST_BRIDGE);
+    for file in ["qemu/networks/autostart/office.xml", "qemu/autostart/Web_01.xml"] {
+        let link = ground.path("libvirt").join(file);
+        fs::create_dir_all(link.parent().unwrap()).unwrap();
+        std::os::unix::fs::symlink("../target-of-libvirt.xml", link).unwrap();
+    }
     ground.write("libvirt/qemu/Web_01.xml", DOMAIN);
     ground.write("libvirt/qemu/old.xml", BROKEN);
+    for (name, inside, _) in OTHERS {
+        let disk = format!(
+            "<disk type='file'><source file='{}/web.qcow2'/><target dev='vda'/>",
+            ground.path("images").display()
+        );
+        let domain = format!(
+            "<domain type='kvm'><name>{name}</name><memory>262144</memory>{}</domain>",
+            inside.replace("DISK", &disk)
+        );
+        ground.write(&format!("libvirt/qemu/{name}.xml"), &domain);
+    }
     ground.write("libvirt/qemu/bomb.xml", "<!DOCTYPE x [<!ENTITY a 'aaaa'>]><domain>&a;</domain>");
     fs::create_dir(ground.path("images")).unwrap();
     shell(&format!(
@@ -209,11 +260,17 @@ fn libvirts_files_become_manifests_with_what_they_cannot_say() {
         "bomb.xml: it can't be read as XML",
         "libvirt's domain old (libvirt/qemu/old.xml): its disk hda (/elsewhere/old.img) is no volume that is adopted here",
         "libvirt's domain old (libvirt/qemu/old.xml): its NIC 0: NICs of type direct have no bridge",
-        "Network/default: libvirt's network default gives addresses by DHCP here (192.168.122.2 to 192.168.122.254, 1 reserved)",
+        "Network/office: its bridge has STP there and none here",
+        "Network/office: its bridge's MAC address 52:54:00:ab:cd:ef is not kept",
+        "Network/office: <forward><nat><port>: not declared",
+        "Network/office: <dns><host>: not declared",
+        "Network/office: 10.9.0.10 is reserved for 52:54:00:AA:00:04",
+        "Network/office: libvirt starts it together with its daemon: `virsh net-autostart --disable office`",
+        "VirtualMachine/web-01: libvirt starts it together with its daemon: `virsh autostart --disable Web_01`",
         "VirtualMachine/web-01: sda is on sata there and on virtio here",
         "VirtualMachine/web-01: sdb is a cdrom: not declared",
         "VirtualMachine/web-01: NIC 1 is a e1000e there",
-        "VirtualMachine/web-01: devices that a VM of vmctl doesn't have: channel, graphics, video",
+        "VirtualMachine/web-01: devices that a VM of vmctl doesn't have: channel, graphics, tpm, video",
         "VirtualMachine/web-01: its firmware",
         "VirtualMachine/web-01: its clock is localtime there",
         "VirtualMachine/web-01: <features><smm>: not declared",
@@ -224,14 +281,34 @@ fn libvirts_files_become_manifests_with_what_they_cannot_say() {
     ] {
         assert!(adopted.err.contains(said), "no `{said}` in\n{}", adopted.err);
     }
+    for (name, _, why) in OTHERS {
+        let said = format!("left out: libvirt's domain {name} (libvirt/qemu/{name}.xml): ");
+        let line = adopted.err.lines().find(|line| line.contains(&said) && line.contains(why));
+        assert!(line.is_some(), "{name}: no `{why}` in\n{}", adopted.err);
+    }
     let text = fs::read_to_string(ground.path("manifests/virtualmachine.yaml")).unwrap();
     assert!(text.contains("# its clock is localtime there"), "{text}");
-    ground.expect(0, "validate -f manifests").says("Valid: 6 objects");
+    assert!(!adopted.err.contains("Network/default: <"), "{}", adopted.err);
+    assert!(!adopted.err.contains("autostart --disable default"), "{}", adopted.err);
+    let networks = fs::read_to_string(ground.path("manifests/network.yaml")).unwrap();
+    for line in [
+        "start: \"192.168.122.2\"\n",
+        "end: \"192.168.122.254\"\n",
+        "domain: office.internal",
+        "192.0.2.53",
+        "routerAdvertisements: true",
+        // libvirt's `nat` is IPv4's alone.
+        "nat: false",
+    ] {
+        assert!(networks.contains(line), "no `{line}` in\n{networks}");
+    }
+    assert!(text.contains("10.9.0.10"), "{text}");
+    ground.expect(0, "validate -f manifests").says("Valid: 7 objects");
     let diff = ground.expect(1, "diff -f manifests");
-    diff.says("+ Network/default").says("+ VirtualMachine/web-01").says("2 to create, 4 to adopt");
+    diff.says("+ Network/default").says("+ VirtualMachine/web-01").says("3 to create, 4 to adopt");
     // What libvirt's files said is what the host gets; the guest doesn't run.
     ground.expect(0, "apply -f manifests");
-    ground.expect(0, "diff -f manifests").says("No differences (6 objects).");
+    ground.expect(0, "diff -f manifests").says("No differences (7 objects).");
     assert!(shell("ip -d addr show virbr0").contains("192.168.122.1/24"));
     let vm = ground.json(0, "get vm/web-01 -o json")["status"].take();
     assert_eq!((vm["phase"].as_str(), vm["cpus"].as_u64()), (Some("Stopped"), Some(2)));
@@ -267,7 +344,10 @@ fn libvirts_files_become_manifests_with_what_they_cannot_say() {
             ("52:54:00:aa:00:01", "virbr0", true),
             ("52:54:00:aa:00:02", "br0", false),
             ("52:54:00:aa:00:03", "br0", true),
+            ("52:54:00:aa:00:04", "virbr1", true),
         ]
     );
+    // The dnsmasq of each network would outlive the test.
+    ground.expect(0, "delete vm/web-01 net/default net/office");
     ground.expect(2, "adopt --libvirt nothing-there").complains("is not a directory");
 }

@@ -869,7 +869,7 @@ fn an_unmarked_link_is_adopted_only_if_it_is_what_is_declared() {
         &prune(),
         expect![[r#"
             = Bridge/br0  adopt: br0 exists and already is what is declared
-            Plan: 1 to adopt. Downtime: none.
+            No differences (1 object). 1 to adopt: `apply` only marks what is there.
         "#]],
     );
     host.edit(|world| {

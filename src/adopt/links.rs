@@ -13,6 +13,7 @@ pub fn find(snapshot: &Snapshot, adoption: &mut Adoption) {
         Ok(links) => links,
         Err(error) => return adoption.leave("the host's network", error.to_string()),
     };
+    bonds(links, adoption);
     let ours = |link: &Link| link.mark().is_some();
     let mut bridges: BTreeMap<&LinkName, ObjectName> = BTreeMap::new();
     // A bridge that is vmctl's already can still be what a VLAN device is a port of: by its object's name, of
@@ -25,6 +26,23 @@ pub fn find(snapshot: &Snapshot, adoption: &mut Adoption) {
     for (name, link) in links.iter().filter(|(_, link)| !ours(link)) {
         if let LinkKind::Vlan { id, protocol } = &link.kind {
             vlan(links, (name, link), (id.get(), *protocol), &bridges, adoption);
+        }
+    }
+}
+
+/// There is no kind for them. What is built on one names it, as it would a NIC.
+fn bonds(links: &BTreeMap<LinkName, Link>, adoption: &mut Adoption) {
+    for kind in ["bond", "team"] {
+        let of_kind =
+            links.iter().filter(|(_, link)| matches!(&link.kind, LinkKind::Other(other) if other == kind));
+        for (name, _) in of_kind {
+            let members = links.iter().filter(|(_, link)| link.master.as_ref() == Some(name));
+            let members: Vec<&str> = members.map(|(member, _)| member.as_str()).collect();
+            let members = if members.is_empty() { "no link".to_owned() } else { members.join(" and ") };
+            let why = format!(
+                "a {kind} (of {members}) has no manifest: it stays in the hands of what made it, and ports and VLANs name it as they name a NIC"
+            );
+            adoption.leave(name.to_string(), why);
         }
     }
 }

@@ -113,8 +113,10 @@ impl Adoption {
                 continue;
             };
             // A mark is what adoption is; it differs from nothing that somebody has set.
-            let marks = |field: &str| action.verb == Verb::Adopt && field.ends_with(".mark");
-            for change in action.changes.iter().filter(|change| !marks(&change.field)) {
+            if action.only_marks() {
+                continue;
+            }
+            for change in &action.changes {
                 let shown = |value: &Option<String>| value.clone().unwrap_or_else(|| "none".to_owned());
                 found.notes.push(format!(
                     "differs: {} is {}, `apply` makes it {} ({})",
@@ -127,11 +129,8 @@ impl Adoption {
             for blocker in &action.blockers {
                 found.notes.push(format!("blocked: {}", blocker.because));
             }
-            if action.changes.is_empty() && action.blockers.is_empty() {
-                match action.verb {
-                    Verb::NoOp | Verb::Adopt => {}
-                    _ => found.notes.push(format!("differs: {}", action.because)),
-                }
+            if action.changes.is_empty() && action.blockers.is_empty() && action.verb != Verb::NoOp {
+                found.notes.push(format!("differs: {}", action.because));
             }
         }
         plan

@@ -15,7 +15,6 @@ use super::session::Session;
 use crate::adopt::{self, Adoption, Found, libvirt};
 use crate::host::snapshot::{LvmPlace, PoolPlace};
 use crate::host::{Host, Scope};
-use crate::kinds::action::Verb;
 use crate::name::{Kind, LvmName, ObjectName};
 
 /// One of libvirt's files. Domains with hundreds of devices take some tens of KiB.
@@ -24,11 +23,11 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 /// Write manifests for what this host has already
 ///
 /// Bridges with their ports and VLANs, VLAN devices, directories of disk images, volume groups, and libvirt's pools, networks and
-/// domains. Nothing on the host is changed, and nothing is adopted before `vmctl apply` is run on these manifests:
+/// domains. Bonds have no manifest: ports and VLANs name them. Nothing on the host is changed, and nothing is adopted before `vmctl apply` is run on these manifests:
 /// then what already is as they say gets vmctl's mark.
 ///
 /// They are compared with the host at once. What differs, and what a manifest can't say, stands field by field as
-/// comments above each and on stderr. Exits 0 when `vmctl apply` would change nothing, else 1.
+/// comments above each and on stderr. Exits 0 when `vmctl apply` would change nothing but marks, else 1.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Examples:
@@ -82,9 +81,8 @@ impl Command {
         for (what, why) in &adoption.left_out {
             session.out.note(&format!("left out: {what}: {why}"));
         }
-        let count =
-            |wanted: fn(Verb) -> bool| plan.actions.iter().filter(|action| wanted(action.verb)).count();
-        let same = count(|verb| matches!(verb, Verb::NoOp | Verb::Adopt));
+        let same =
+            plan.actions.iter().filter(|action| !action.is_difference() || action.only_marks()).count();
         session.out.note(&format!(
             "{} object{}: {same} as the host has it, {} that differ; {} left out",
             adoption.objects.len(),
@@ -180,11 +178,18 @@ fn read_libvirt(directory: &Path) -> Result<libvirt::Files> {
         return Err(CliError::usage(format!("{} is not a directory", directory.display()))
             .hint("libvirt's files are in /etc/libvirt; `--libvirt DIR` names another place"));
     }
-    Ok(libvirt::Files {
-        pools: read_xml(&directory.join("storage"))?,
-        networks: read_xml(&directory.join("qemu/networks"))?,
-        domains: read_xml(&directory.join("qemu"))?,
-    })
+    let mut files = libvirt::Files::default();
+    let kinds =
+        [("storage", &mut files.pools), ("qemu/networks", &mut files.networks), ("qemu", &mut files.domains)];
+    for (place, texts) in kinds {
+        let place = directory.join(place);
+        *texts = read_xml(&place)?;
+        let starts = |file: &&PathBuf| {
+            file.file_name().is_some_and(|name| place.join("autostart").join(name).symlink_metadata().is_ok())
+        };
+        files.autostart.extend(texts.iter().map(|(file, _)| file).filter(starts).cloned());
+    }
+    Ok(files)
 }
 
 fn read_xml(directory: &Path) -> Result<Vec<(PathBuf, String)>> {

@@ -19,7 +19,8 @@ use crate::{host::Host, plan};
 /// Show what apply would change
 ///
 /// Compares the manifests with the host, field by field, and changes nothing. Exits 0 when there is no
-/// difference and 1 when there are some.
+/// difference and 1 when there are some. What already is as declared and only lacks vmctl's mark is no difference: it
+/// is listed with `=`, and `apply` marks it.
 #[derive(Debug, Args)]
 #[command(
     visible_alias = "plan",
@@ -80,7 +81,7 @@ impl Command {
                 .json(&JsonReport { report: Report::new(&plan, None), warnings: &declaration.warnings })?,
             Format::YamlDiff => session.out.print(&yaml_diff::plan(&plan)),
         }
-        let exit = if plan.is_empty() { Exit::Ok } else { Exit::Differs };
+        let exit = if plan.is_in_sync() { Exit::Ok } else { Exit::Differs };
         if let Some(file) = self.out {
             SavedPlan::new(scope, plan).write(&file)?;
             session
@@ -94,7 +95,7 @@ impl Command {
 /// The plan, with its steps where more was asked for.
 pub fn print_text(session: &Session, plan: &Plan) {
     let out = &session.out;
-    if out.quiet && plan.is_empty() {
+    if out.quiet && plan.is_in_sync() {
         return;
     }
     out.print(&text::plan(plan, out.style));

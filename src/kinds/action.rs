@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::host::Step;
 use crate::host::error::ObserveError;
+use crate::host::lvm::LvmStep;
 use crate::host::snapshot::Capability;
 use crate::name::ObjectId;
 
@@ -202,6 +203,19 @@ impl Action {
             self.verb = if restart { Verb::Restart } else { Verb::Update };
         }
         self
+    }
+
+    /// Whether the host already is what is declared, and nothing is to be done but to mark it as vmctl's.
+    pub fn only_marks(&self) -> bool {
+        self.verb == Verb::Adopt
+            && self.blockers.is_empty()
+            && self.changes.iter().all(|change| change.field.ends_with(".mark"))
+            && self.steps.iter().all(|step| match step {
+                // Of a pool that is adopted, the directory or the group is there.
+                Step::MarkLink { .. } | Step::AdoptVolume { .. } | Step::CreatePool { .. } => true,
+                Step::Lvm(step) => matches!(step, LvmStep::Adopt { .. } | LvmStep::CreatePool(_)),
+                _ => false,
+            })
     }
 
     /// Whether it asks for anything: to be done, to be allowed, or to be unblocked.

@@ -138,6 +138,12 @@ impl Plan {
         !self.actions.iter().any(Action::is_difference)
     }
 
+    /// Whether no field on the host differs from what is declared, though some objects may yet have to be
+    /// marked as vmctl's.
+    pub fn is_in_sync(&self) -> bool {
+        self.actions.iter().all(|action| !action.is_difference() || action.only_marks())
+    }
+
     /// Whether running it would do anything.
     pub fn has_steps(&self) -> bool {
         self.actions.iter().any(|action| !action.steps.is_empty())

@@ -218,11 +218,16 @@ fn refusals(plan: &Plan, style: Style) -> Vec<String> {
 
 /// `Plan: 1 to create, 1 live. Downtime: none.`
 pub fn totals(plan: &Plan) -> String {
-    let sums = sums(&plan.summary());
-    if sums.is_empty() {
+    let summary = plan.summary();
+    if plan.is_in_sync() {
         let count = plan.actions.len();
-        return format!("No differences ({count} object{}).", if count == 1 { "" } else { "s" });
+        let same = format!("No differences ({count} object{}).", if count == 1 { "" } else { "s" });
+        return match summary.adopt {
+            0 => same,
+            adopt => format!("{same} {adopt} to adopt: `apply` only marks what is there."),
+        };
     }
+    let sums = sums(&summary);
     let restarts: Vec<String> = plan
         .actions
         .iter()

@@ -7,10 +7,10 @@ use similar::TextDiff;
 use crate::kinds::action::{Action, Verb};
 use crate::plan::Plan;
 
-/// For each object that differs: its fields as they are against its fields as declared.
+/// For each object that differs: its fields as they are against its fields as declared. A mark is no field.
 pub fn plan(plan: &Plan) -> String {
     let mut out = String::new();
-    for action in plan.actions.iter().filter(|action| action.is_difference()) {
+    for action in plan.actions.iter().filter(|action| action.is_difference() && !action.only_marks()) {
         let (before, after) = sides(action);
         let id = action.object.to_string();
         let diff = TextDiff::from_lines(&before, &after);

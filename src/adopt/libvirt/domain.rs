@@ -8,7 +8,7 @@ use roxmltree::Node;
 use serde_json::{Map, Value, json};
 
 use super::network::Networks;
-use super::{bridge_of_link, child, children, text_of};
+use super::{bridge_of_link, child, children, children_besides, text_of};
 use crate::adopt::{Adoption, label};
 use crate::host::snapshot::Pool;
 use crate::name::{ByteSize, Kind, ObjectName};
@@ -61,7 +61,7 @@ struct Reader<'a> {
     spec: Map<String, Value>,
 }
 
-pub fn read(file: &Path, root: Node, networks: &Networks, adoption: &mut Adoption) {
+pub fn read((file, root): (&Path, Node), autostart: bool, networks: &Networks, adoption: &mut Adoption) {
     let name = text_of(root, "name").unwrap_or_default().to_owned();
     let mut reader =
         Reader { adoption: &*adoption, networks, notes: Vec::new(), reasons: Vec::new(), spec: Map::new() };
@@ -69,6 +69,12 @@ pub fn read(file: &Path, root: Node, networks: &Networks, adoption: &mut Adoptio
         "from {}; libvirt's domain is left as it is: shut it down there before `runStrategy` is anything but Halted",
         file.display()
     ));
+    if autostart {
+        reader.note(format!(
+            "libvirt starts it together with its daemon: `virsh autostart --disable {name}`, for two that run one disk ruin it"
+        ));
+    }
+    reader.guest(root);
     reader.machine(root);
     let disks = reader.disks(root);
     reader.boot(root, &disks);
@@ -110,6 +116,18 @@ impl Reader<'_> {
 
     fn set(&mut self, field: &str, value: Value) {
         self.spec.insert(field.to_owned(), value);
+    }
+
+    /// Whether a VM of vmctl can run such a guest at all.
+    fn guest(&mut self, root: Node) {
+        let kind = root.attribute("type").unwrap_or("kvm");
+        if !matches!(kind, "kvm" | "qemu") {
+            self.reasons.push(format!("it is a domain of type {kind}"));
+        }
+        let arch = child(root, "os").and_then(|os| child(os, "type")).and_then(|kind| kind.attribute("arch"));
+        if let Some(arch) = arch.filter(|arch| *arch != std::env::consts::ARCH) {
+            self.reasons.push(format!("its guest is of {arch}, and this host of {}", std::env::consts::ARCH));
+        }
     }
 
     fn machine(&mut self, root: Node) {
@@ -216,10 +234,10 @@ impl Reader<'_> {
         }
     }
 
-    /// The names of the disks, in their order.
+    /// The names of the disks, in the order in which they are booted from.
     fn disks(&mut self, root: Node) -> Vec<String> {
         let (mut disks, mut names) = (Vec::new(), Vec::new());
-        let Some(devices) = child(root, "devices") else { return names };
+        let Some(devices) = child(root, "devices") else { return Vec::new() };
         for disk in children(devices, "disk") {
             let target = child(disk, "target");
             let name = target.and_then(|target| target.attribute("dev")).unwrap_or("disk").to_owned();
@@ -229,13 +247,16 @@ impl Reader<'_> {
                 continue;
             }
             let Some(spec) = self.disk(disk, &name) else { continue };
+            let order = child(disk, "boot").and_then(|boot| boot.attribute("order")?.parse().ok());
             disks.push(spec);
-            names.push(name);
+            names.push((order.unwrap_or(u32::MAX), name));
         }
         if !disks.is_empty() {
             self.set("disks", json!(disks));
         }
-        names
+        // Stable: those without an order of their own keep that of the file.
+        names.sort_by_key(|(order, _)| *order);
+        names.into_iter().map(|(_, name)| name).collect()
     }
 
     fn disk(&mut self, disk: Node, name: &str) -> Option<Value> {
@@ -255,6 +276,16 @@ impl Reader<'_> {
             ));
             return None;
         };
+        for (element, why) in [
+            ("encryption", "is encrypted, which vmctl can't serve"),
+            ("slices", "is a part of its file"),
+            ("transient", "forgets what is written to it, and a volume keeps it"),
+        ] {
+            if disk.descendants().any(|node| node.has_tag_name(element)) {
+                self.reasons.push(format!("its disk {name} {why}"));
+                return None;
+            }
+        }
         let driver = child(disk, "driver");
         let of_driver = |name| driver.and_then(|driver| driver.attribute(name));
         if let Some(said) = of_driver("type")
@@ -288,6 +319,7 @@ impl Reader<'_> {
 
     /// The volume whose file this is.
     fn volume_at(&self, path: &Path) -> Option<(ObjectName, DiskFormat)> {
+        let path = &super::logical_volume(path).unwrap_or_else(|| path.to_owned());
         let pools = self.adoption.objects.iter().filter(|found| found.id.kind == Kind::StoragePool);
         for pool in pools {
             let text = |pointer| pool.spec.pointer(pointer).and_then(Value::as_str);
@@ -364,6 +396,10 @@ impl Reader<'_> {
             let mut spec = json!({ field: name.as_str() });
             if let Some(mac) = child(nic, "mac").and_then(|mac| mac.attribute("address")) {
                 spec["macAddress"] = json!(mac.to_lowercase());
+                let reserved = of_source("network").and_then(|network| self.networks.reserved(network, mac));
+                if let Some(address) = reserved.filter(|_| field == "network") {
+                    spec["addresses"] = json!([address]);
+                }
             }
             if child(nic, "link").and_then(|link| link.attribute("state")) == Some("down") {
                 spec["linkUp"] = json!(false);
@@ -451,10 +487,4 @@ impl Reader<'_> {
             self.note(format!("<{other}>: not declared"));
         }
     }
-}
-
-/// The elements below a node, but for those that are dealt with.
-fn children_besides(node: Node, known: &[&str]) -> Vec<String> {
-    let elements = node.children().filter(Node::is_element).map(|child| child.tag_name().name());
-    elements.filter(|name| !known.contains(name)).map(str::to_owned).collect()
 }

@@ -6,6 +6,7 @@
 mod domain;
 mod network;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use roxmltree::{Document, Node};
@@ -20,6 +21,8 @@ pub struct Files {
     pub pools: Vec<(PathBuf, String)>,
     pub networks: Vec<(PathBuf, String)>,
     pub domains: Vec<(PathBuf, String)>,
+    /// The files, of all kinds, of what libvirt starts by itself.
+    pub autostart: BTreeSet<PathBuf>,
 }
 
 /// Where the pools are that can be adopted, with libvirt's names for them.
@@ -64,12 +67,14 @@ pub fn find(files: &Files, snapshot: &Snapshot, adoption: &mut Adoption) {
     let mut networks = network::Networks::default();
     for (file, text) in &files.networks {
         if let Some(document) = parse(file, text, adoption) {
-            networks.read(file, document.root_element(), snapshot, adoption);
+            let autostart = files.autostart.contains(file);
+            networks.read((file, document.root_element()), autostart, snapshot, adoption);
         }
     }
     for (file, text) in &files.domains {
         if let Some(document) = parse(file, text, adoption) {
-            domain::read(file, document.root_element(), &networks, adoption);
+            let autostart = files.autostart.contains(file);
+            domain::read((file, document.root_element()), autostart, &networks, adoption);
         }
     }
 }
@@ -106,4 +111,35 @@ fn bridge_of_link(adoption: &Adoption, link: &str) -> Option<ObjectName> {
         })
         .map(|found| found.id.name.clone())
         .next()
+}
+
+/// The elements below a node, but for those that are dealt with.
+fn children_besides(node: Node, known: &[&str]) -> Vec<String> {
+    let elements = node.children().filter(Node::is_element).map(|child| child.tag_name().name());
+    elements.filter(|name| !known.contains(name)).map(str::to_owned).collect()
+}
+
+/// `/dev/GROUP/VOLUME` of a `/dev/mapper/GROUP-VOLUME`, in which the names' own hyphens are doubled.
+fn logical_volume(path: &Path) -> Option<PathBuf> {
+    let name = path.strip_prefix("/dev/mapper").ok()?.to_str()?;
+    let whole = name.replace("--", "\0");
+    let (group, volume) = whole.split_once('-')?;
+    Some(PathBuf::from(format!("/dev/{group}/{volume}").replace('\0', "-")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn device_mapper_s_names_are_those_of_logical_volumes() {
+        for (path, volume) in [
+            ("/dev/mapper/vg0-web", Some("/dev/vg0/web")),
+            ("/dev/mapper/my--vg-web--1--data", Some("/dev/my-vg/web-1-data")),
+            ("/dev/mapper/control", None),
+            ("/dev/vg0/web", None),
+        ] {
+            assert_eq!(logical_volume(Path::new(path)), volume.map(PathBuf::from), "{path}");
+        }
+    }
 }
