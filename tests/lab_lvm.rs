@@ -161,6 +161,8 @@ fn volumes_in_a_group_are_made_grown_kept_and_removed_and_others_are_left_alone(
         "mkfs over a running guest's disk"
     );
 
+    exports_are_what_is_in_them(&lab);
+
     // What can't be had is refused with its reason.
     lab.write("larger.yaml", &volume("larger", "fast", "16Mi", ""));
     lab.write("huge.yaml", &volume("huge", "fast", "1Gi", ""));
@@ -199,6 +201,37 @@ fn volumes_in_a_group_are_made_grown_kept_and_removed_and_others_are_left_alone(
     lab.apply(&format!("--prune --approve {}", plan["plan"]["hash"].as_str().unwrap()));
     assert_eq!(run("vgs --noheadings -o vg_tags vg0").trim(), "theirs");
     assert_eq!(foreign(), before, "others' volumes are as they were");
+}
+
+/// `from-qcow2` holds still, and `data` has a guest; a volume's content never says what it is.
+fn exports_are_what_is_in_them(lab: &Lab) {
+    let export = |volume: &str, file: &str| shell(&format!("vmctl export volume/{volume} {file}"));
+    for (file, format) in [("x.raw", "raw"), ("x.qcow2", "qcow2"), ("x.vmdk", "vmdk")] {
+        let output = export("from-qcow2", &format!("/tmp/i/{file}"));
+        assert!(output.status.success(), "{}", said(&output));
+        run(&format!("qemu-img compare -q -f raw -F {format} /dev/vg0/from-qcow2 /tmp/i/{file}"));
+        assert!(run(&format!("qemu-img info --output=json -f {format} /tmp/i/{file}")).contains("12582912"));
+    }
+    let refused = |volume: &str, why: &str, hint: &str| {
+        let output = export(volume, "/tmp/i/refused.raw");
+        let text = said(&output);
+        assert!(output.status.code() == Some(3) && text.contains(why) && text.contains(hint), "{text}");
+        assert!(!shell("ls /tmp/i/refused.raw").status.success());
+    };
+    refused("data", "Volume/data is a disk of VirtualMachine/web, which runs", "`vmctl stop web` first");
+    // A guest may write there what it likes: an image that names the host's files is bytes.
+    run("qemu-img create -q -f qcow2 -b /etc/hostname -F raw /tmp/i/evil.qcow2 8M");
+    run("dd if=/tmp/i/evil.qcow2 of=/dev/vg0/from-raw conv=notrunc,fsync status=none");
+    let output = export("from-raw", "/tmp/i/bytes.raw");
+    assert!(output.status.success(), "{}", said(&output));
+    run("cmp /dev/vg0/from-raw /tmp/i/bytes.raw");
+    // By others than VMs, too.
+    run("mkfs.ext4 -q /dev/vg0/from-raw && mkdir -p /mnt/x && mount /dev/vg0/from-raw /mnt/x");
+    refused("from-raw", "it is mounted, or another program has it for itself", "unmount it");
+    run("umount /mnt/x && lvchange -q -an vg0/from-raw");
+    refused("from-raw", "is not active", "`lvchange -ay /dev/vg0/from-raw`");
+    lab.apply("");
+    lab.in_sync();
 }
 
 /// Observed system call by system call: one process, LVM's report, and no write.

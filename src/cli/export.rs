@@ -1,6 +1,6 @@
 //! `vmctl export`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 
@@ -9,7 +9,7 @@ use super::error::{CliError, Result};
 use super::exit::Exit;
 use super::session::Session;
 use crate::host::linux::storage::{Export, ExportFormat};
-use crate::host::snapshot::{PoolFile, Snapshot};
+use crate::host::snapshot::{PoolFile, Snapshot, Vm};
 use crate::host::{Host as _, Scope};
 use crate::kinds::volume::compare::capacity_bytes;
 use crate::name::{Kind, Mark, ObjectId};
@@ -61,11 +61,8 @@ impl Command {
         let host = session.host();
         let snapshot = host.snapshot(&Scope::default());
         let mark = Mark::new(self.set.set.clone(), id.clone());
-        let (path, file) = find(&snapshot, &mark).ok_or_else(|| missing(id, &snapshot))?;
-        let volume_format = match path.extension().and_then(|extension| extension.to_str()) {
-            Some("raw") => DiskFormat::Raw,
-            _ => DiskFormat::Qcow2,
-        };
+        let (path, volume_format, file) = find(&snapshot, &mark).ok_or_else(|| missing(id, &snapshot))?;
+        check(id, &path, file, &snapshot)?;
         let export = Export { volume: &path, volume_format, to: &to, format };
         let written = super::progress::with_live(&session.out, session.out.quiet, |_| host.export(&export));
         let bytes = written.map_err(|error| {
@@ -100,12 +97,37 @@ impl Command {
     }
 }
 
-fn find<'a>(snapshot: &'a Snapshot, mark: &Mark) -> Option<(PathBuf, &'a PoolFile)> {
+/// The volume's path, its format (never by its content, which is a guest's), and what is known of it.
+fn find<'a>(snapshot: &'a Snapshot, mark: &Mark) -> Option<(PathBuf, DiskFormat, &'a PoolFile)> {
     snapshot.pools.values().flatten().find_map(|pool| {
         let files = &pool.directory.as_ref()?.files;
         let (name, file) = files.iter().find(|(_, file)| file.mark.as_ref() == Some(mark))?;
-        Some((pool.path.join(name), file))
+        let path = pool.path.join(name);
+        let is_raw = pool.lvm.is_some() || path.extension().is_some_and(|extension| extension == "raw");
+        Some((path, if is_raw { DiskFormat::Raw } else { DiskFormat::Qcow2 }, file))
     })
+}
+
+/// What can't be exported now, with what to do about it.
+fn check(id: &ObjectId, path: &Path, file: &PoolFile, snapshot: &Snapshot) -> Result<()> {
+    let runs_on_it = |vm: &Vm| {
+        let process = vm.process.as_ref().and_then(|process| process.as_ref().ok());
+        let mut disks = process.into_iter().flat_map(|process| &process.config.disks);
+        disks.any(|disk| !disk.read_only && Path::new(&disk.path) == path)
+    };
+    if let Some((vm, _)) = snapshot.vms.iter().flatten().find(|(_, vm)| runs_on_it(vm)) {
+        return Err(CliError::failed(format!("{id} is a disk of VirtualMachine/{vm}, which runs"))
+            .hint(format!("what it writes doesn't hold still: `vmctl stop {vm}` first")));
+    }
+    if file.half_made {
+        return Err(CliError::failed(format!("{id} is not whole: its making was cut short"))
+            .hint("apply its manifest again"));
+    }
+    if file.inactive {
+        return Err(CliError::failed(format!("{id} is a logical volume that is not active"))
+            .hint(format!("`lvchange -ay {}`, or apply its manifest again", path.display())));
+    }
+    Ok(())
 }
 
 fn missing(id: &ObjectId, snapshot: &Snapshot) -> CliError {

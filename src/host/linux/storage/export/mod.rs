@@ -13,12 +13,12 @@ use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 
 use flate2::{Compress, FlushCompress, Status};
-use rustix::fs::{AtFlags, CWD, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
 
 use super::copy::{self, Meter};
 use super::qcow2::{Sink, Source};
-use super::{ProgressHook, header, image, open_disk};
+use super::{ProgressHook, header, image, lvm, open_disk};
 use crate::host::error::StepError;
 use crate::host::snapshot::ImageHeader;
 use crate::vmm::config::DiskFormat;
@@ -48,17 +48,19 @@ pub struct Export<'a> {
 pub fn export(export: &Export<'_>, hook: Option<&ProgressHook>) -> Result<u64, StepError> {
     let what = format!("export {} to {}", export.volume.display(), export.to.display());
     let failed = |error: io::Error| StepError::failed(&what, error);
-    let file = open_disk(export.volume, true).map(File::from).map_err(|error| match error {
+    let file = open_still(export.volume).map_err(|error| match error {
         StepError::Failed { why, .. } => StepError::Failed {
             what: what.clone(),
             why,
             hint: Some(
-                "a disk that is being written has no content that holds still: stop its VM first".into(),
+                "a disk that is being written has no content that holds still: stop its VM first, or unmount it"
+                    .into(),
             ),
         },
         error => error,
     })?;
-    let bytes = file.metadata().map_err(failed)?.len();
+    // A device has no length of its own, but an end.
+    let bytes = rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|errno| failed(errno.into()))?;
     let backing = match export.volume_format {
         DiskFormat::Raw => None,
         DiskFormat::Qcow2 => open_backing(export.volume, &file, bytes, &what)?,
@@ -77,6 +79,11 @@ pub fn export(export: &Export<'_>, hook: Option<&ProgressHook>) -> Result<u64, S
     let length = out.file.metadata().map_err(failed)?.len();
     out.commit(export.to).map_err(failed)?;
     Ok(length)
+}
+
+/// The volume, which nobody else writes to while this is open.
+fn open_still(volume: &Path) -> Result<File, StepError> {
+    if volume.starts_with("/dev") { lvm::open_still(volume) } else { open_disk(volume, true).map(File::from) }
 }
 
 /// The image that the volume is an overlay of, locked. Its own format is in its name, where we put it.

@@ -169,6 +169,17 @@ pub fn open_disk(path: &Path, read_only: bool) -> Result<OwnedFd, StepError> {
     Ok(file.into())
 }
 
+/// To read what nobody writes meanwhile: no VM, and no file system that is mounted.
+pub fn open_still(path: &Path) -> Result<File, StepError> {
+    let lock =
+        |file: &File| directory::take_lock(file, Lock::Shared, &format!("open the disk {}", path.display()));
+    // A lock says who has it, and a device that is taken doesn't: so that comes first.
+    lock(&open(path, false, false)?)?;
+    let file = open(path, false, true)?;
+    lock(&file)?;
+    Ok(file)
+}
+
 /// What the device mapper calls `/dev/<group>/<volume>`: hyphens within a name are doubled.
 fn mapped_name(path: &Path) -> Option<String> {
     let parts: Vec<&str> = path.strip_prefix("/dev").ok()?.to_str()?.split('/').collect();

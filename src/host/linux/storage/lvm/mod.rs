@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use self::command::{CommandError, GROUP_LOCKS};
-pub use self::device::open_disk;
+pub use self::device::{open_disk, open_still};
 pub use self::report::Report;
 use self::report::{Group, LogicalVolume, Shape};
 use super::index::{self, IndexEntry};
