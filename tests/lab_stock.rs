@@ -4,6 +4,8 @@
 
 #[path = "support/in_lab.rs"]
 mod in_lab;
+#[path = "support/lost.rs"]
+mod lost;
 mod support;
 
 use std::fs::File;
@@ -52,6 +54,16 @@ struct Guest {
     vm: RunningVm,
     session: Session,
     commands: usize,
+}
+
+impl Drop for Guest {
+    /// A test that fails says what became of its guest.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let verdict = lost::judge(&self.vm, 1);
+            println!("lost by the lab: {}; {}", verdict.lost, verdict.evidence);
+        }
+    }
 }
 
 impl Guest {

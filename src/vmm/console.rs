@@ -74,6 +74,11 @@ impl Output {
     /// Called by a vCPU: appends and, if the event loop doesn't know yet, wakes it.
     pub fn append(&self, output: &[u8]) {
         self.lock().append(output);
+        self.announce();
+    }
+
+    /// Has the event loop look, if it isn't about to.
+    pub fn announce(&self) {
         if !self.announced.swap(true, Ordering::AcqRel) {
             // The counter of an eventfd can't overflow by one write per announcement.
             let _ = self.wake.write(1);

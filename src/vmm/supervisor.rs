@@ -24,6 +24,7 @@ use super::protocol::{
     ConditionKind, Event, ExitReason, ExitRecord, Phase, Response, VERSION, Verb, VmState,
 };
 use super::sandbox::Spawner;
+use super::serial::Raised;
 
 const LISTENER: u64 = 0;
 const MACHINE_EVENT: u64 = 1;
@@ -35,7 +36,7 @@ const FIRST_CLIENT: u64 = 16;
 /// Output is handed on this long after it was announced, so that a burst of single bytes costs one
 /// packet and one write to the log.
 const OUTPUT_DELAY: Duration = Duration::from_millis(2);
-/// A guest that has not asked about the serial port's interrupt for so long may never have had it.
+/// A guest that has done nothing about the serial port's interrupt for so long may never have had it.
 const SERIAL_CHECK: Duration = Duration::from_millis(100);
 /// A guest that has the interrupt masked is asked less and less often.
 const SERIAL_CHECK_MAX: Duration = Duration::from_secs(10);
@@ -218,7 +219,13 @@ impl Supervisor {
             && at <= now
         {
             let delay = (delay * 2).min(SERIAL_CHECK_MAX);
-            self.serial_check = self.machine.raise_serial_again().then(|| (now + delay, delay));
+            let again = match self.machine.raise_serial_again() {
+                Raised::No => false,
+                Raised::NotAskedFor => true,
+                // Some drivers leave it enabled with nothing to send.
+                Raised::StillWaitedFor => delay < SERIAL_CHECK_MAX,
+            };
+            self.serial_check = again.then(|| (now + delay, delay));
         }
         Ok(())
     }

@@ -3,6 +3,7 @@
 //! address that is the lab's own: of the instructions around VMRUN in `kvm_amd`. Either shows in what the VM
 //! process and KVM count and trace; a guest that merely hangs shows neither, and is a failure.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 use std::process::Command;
@@ -12,6 +13,7 @@ use crate::support::RunningVm;
 
 const TRACING: &str = "/sys/kernel/tracing";
 const TRACED: Duration = Duration::from_secs(2);
+const MOST: usize = 6;
 /// The lab's code that is left by VMRUN and entered by its end.
 const SYMBOL: &str = "__svm_vcpu_run";
 
@@ -43,7 +45,7 @@ pub fn judge(vm: &RunningVm, resets: u64) -> Verdict {
     if state.reboots > resets {
         return Verdict { lost: faults > 0, evidence: counts };
     }
-    let (exits, in_host) = match trace(vm.pid) {
+    let exits = match trace(vm.pid) {
         Ok(found) => found,
         Err(error) => return failed(format!("{counts}; no trace of KVM: {error}")),
     };
@@ -51,16 +53,24 @@ pub fn judge(vm: &RunningVm, resets: u64) -> Verdict {
     let (events, threads) = (events_not_taken(vm.pid), threads(vm.pid));
     let devices = format!("{:?} {:?}", metrics.disks, metrics.nics);
     Verdict {
-        lost: in_host > 0 && in_host * 2 > exits,
+        lost: exits.in_host > 0 && exits.in_host * 2 > exits.count,
         evidence: format!(
-            "{counts}; of {exits} exits in {TRACED:?} {in_host} at {SYMBOL} of the lab; events not taken, by \
-             descriptor: {events:?}; threads: {threads:?}; {devices}; {kvm}"
+            "{counts}; of {} exits in {TRACED:?} {} at {SYMBOL} of the lab, most: {:?}; events not taken, by \
+             descriptor: {events:?}; threads: {threads:?}; {devices}; {kvm}",
+            exits.count, exits.in_host, exits.most_common
         ),
     }
 }
 
-/// Exits of the guest within a while, and those of them at an address of the lab's own code.
-fn trace(pid: i32) -> std::io::Result<(usize, usize)> {
+/// Exits of the guest within a while.
+struct Exits {
+    count: usize,
+    /// At an address of the lab's own code.
+    in_host: usize,
+    most_common: Vec<(usize, String)>,
+}
+
+fn trace(pid: i32) -> std::io::Result<Exits> {
     // Where it is mounted already this fails, and is as well.
     let _ = Command::new("mount").args(["-t", "tracefs", "tracefs", TRACING]).output();
     let tracing = Path::new(TRACING);
@@ -77,15 +87,23 @@ fn trace(pid: i32) -> std::io::Result<(usize, usize)> {
         .map(|task| format!("-{} ", task.file_name().to_string_lossy()))
         .collect();
     let text = String::from_utf8_lossy(&text);
-    let addresses: Vec<u64> = text
-        .lines()
-        .filter(|line| threads.iter().any(|thread| line.contains(thread)))
-        .filter_map(|line| {
-            let address = line.split_once(" rip 0x")?.1.split(' ').next()?;
-            u64::from_str_radix(address, 16).ok()
-        })
-        .collect();
-    Ok((addresses.len(), addresses.iter().filter(|address| ours.contains(address)).count()))
+    let mut by_kind = BTreeMap::<&str, usize>::new();
+    let (mut count, mut in_host) = (0, 0);
+    for line in text.lines().filter(|line| threads.iter().any(|thread| line.contains(thread))) {
+        let Some((_, kind)) = line.split_once("reason ") else { continue };
+        let Some((_, rest)) = kind.split_once(" rip 0x") else { continue };
+        let Ok(address) = u64::from_str_radix(rest.split(' ').next().unwrap_or_default(), 16) else {
+            continue;
+        };
+        count += 1;
+        in_host += usize::from(ours.contains(&address));
+        *by_kind.entry(kind.split(" info").next().unwrap_or(kind)).or_default() += 1;
+    }
+    let mut most_common: Vec<(usize, String)> =
+        by_kind.into_iter().map(|(kind, count)| (count, kind.to_owned())).collect();
+    most_common.sort_by(|one, other| other.cmp(one));
+    most_common.truncate(MOST);
+    Ok(Exits { count, in_host, most_common })
 }
 
 fn range_of(symbol: &str) -> std::io::Result<Range<u64>> {

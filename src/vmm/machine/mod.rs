@@ -43,7 +43,7 @@ use crate::vmm::gate::{Gate, Order};
 use crate::vmm::layout;
 use crate::vmm::memory::{self, GuestMemory, MemoryError};
 use crate::vmm::power;
-use crate::vmm::serial::SerialPort;
+use crate::vmm::serial::{Raised, SerialPort};
 use crate::vmm::vcpu::{Shared, Vcpu, VcpuHandle};
 
 /// How long a vCPU may take to leave the guest and obey: it may be waiting for a disk in a device.
@@ -360,7 +360,7 @@ impl Machine {
     }
 
     /// See [`SerialPort::raise_again`].
-    pub fn raise_serial_again(&self) -> bool {
+    pub fn raise_serial_again(&self) -> Raised {
         lock(&self.serial).raise_again()
     }
 
