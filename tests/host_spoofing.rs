@@ -16,84 +16,24 @@ use serde_json::json;
 use support::{ip, private_network};
 use vmctl::kinds::virtual_machine::default_mac;
 
-/// Sends each frame a few times; each bears its name. `M`: the guest's MAC address.
-const SENDER: &str = r#"
-import socket, struct, sys, time
-mac = bytes.fromhex(sys.argv[1].replace(":", ""))
-other, all = bytes.fromhex("525400aaaaaa"), b"\xff" * 6
-v4, v6 = socket.inet_aton, lambda text: socket.inet_pton(socket.AF_INET6, text)
-def ether(kind, body, source=mac, to=all): return to + source + struct.pack("!H", kind) + body
-def name(text): return b"<" + text.encode() + b">"
-def arp(text, address, hardware=mac):
-    body = struct.pack("!HHBBH", 1, 0x800, 6, 4, 2) + hardware + v4(address) + all + v4("192.168.100.99")
-    return ether(0x806, body + name(text))
-def sum16(data):
-    data += b"\0" * (len(data) % 2)
-    total = sum(struct.unpack("!%dH" % (len(data) // 2), data))
-    while total >> 16: total = (total & 0xffff) + (total >> 16)
-    return ~total & 0xffff
-def udp(text, address, sport, dport, **more):
-    data = struct.pack("!HHHH", sport, dport, 8 + len(name(text)), 0) + name(text)
-    head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(data), 0, 0, 64, 17, 0) + v4(address) + v4("255.255.255.255")
-    return ether(0x800, head[:10] + struct.pack("!H", sum16(head)) + head[12:] + data, **more)
-def icmp6(text, source, kind, body):
-    data = struct.pack("!BBH", kind, 0, 0) + body + name(text)
-    to = v6("ff02::1")
-    pseudo = v6(source) + to + struct.pack("!II", len(data), 58)
-    data = data[:2] + struct.pack("!H", sum16(pseudo + data)) + data[4:]
-    head = struct.pack("!IHBB", 0x60000000, len(data), 58, 255) + v6(source) + to
-    return ether(0x86dd, head + data, to=bytes.fromhex("333300000001"))
-def neighbour(text, source, target): return icmp6(text, source, 136, b"\x20\0\0\0" + v6(target))
-frames = [
-    arp("good-arp", "192.168.100.10"), arp("good-probe", "0.0.0.0"),
-    udp("good-ipv4", "192.168.100.10", 1000, 1000), udp("good-dhcp", "0.0.0.0", 68, 67),
-    neighbour("good-nd", "fd00:100::10", "fd00:100::10"), neighbour("good-ll", "fe80::10", "fe80::10"),
-    udp("bad-mac", "192.168.100.10", 1000, 1000, source=other),
-    arp("bad-arp-neighbour", "192.168.100.11"), arp("bad-arp-gateway", "192.168.100.1"),
-    arp("bad-arp-mac", "192.168.100.10", hardware=other),
-    udp("bad-ipv4", "192.168.100.11", 1000, 1000), udp("bad-dhcp", "192.168.100.10", 67, 68),
-    icmp6("bad-ra", "fe80::10", 134, b"\x40\0\x07\x08" + b"\0" * 8),
-    icmp6("bad-redirect", "fe80::10", 137, b"\0" * 36),
-    neighbour("bad-nd-neighbour", "fe80::10", "fd00:100::11"), neighbour("bad-nd-gateway", "fe80::10", "fd00:100::1"),
-    icmp6("bad-ipv6", "fd00:100::11", 128, b"\0\1\0\1"),
-    ether(0x8100, struct.pack("!HH", 10, 0x800) + udp("bad-tag", "192.168.100.10", 1, 1)[14:]),
-]
-wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
-wire.bind(("eth0", 0))
-for _ in range(3):
-    for frame in frames: wire.send(frame + b"\0" * (60 - len(frame)))
-    time.sleep(0.05)
-"#;
+const SENDER: &str = include_str!("support/frames/sender.py");
+const LISTENER: &str = include_str!("support/frames/listener.py");
 
-const LISTENER: &str = r#"
-import re, socket, time
-wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
-wire.bind(("eth0", 3))
-wire.settimeout(0.1)
-print("ready", flush=True)
-seen, end = set(), time.time() + 2.5
-while time.time() < end:
-    try: frame = wire.recv(4096)
-    except socket.timeout: continue
-    seen.update(re.findall(rb"<([a-z0-9-]+)>", frame))
-print(" ".join(sorted(name.decode() for name in seen)))
-"#;
-
-fn python(namespace: &Namespace, program: &str, argument: &str) -> Command {
+fn python(namespace: &Namespace, program: &str, arguments: [&str; 2]) -> Command {
     let mut command = namespace.command("python3 -c");
-    command.args([program, argument]);
+    command.arg(program).args(arguments);
     command
 }
 
 /// What `to` hears of what `from` sends.
 fn heard(from: &Namespace, mac: &str, to: &Namespace) -> BTreeSet<String> {
     use std::io::{BufRead as _, BufReader, Read as _};
-    let mut listener = python(to, LISTENER, "").stdout(Stdio::piped()).spawn().expect("python3");
+    let mut listener = python(to, LISTENER, ["eth0", "2.5"]).stdout(Stdio::piped()).spawn().expect("python3");
     let mut output = BufReader::new(listener.stdout.take().unwrap());
     let mut line = String::new();
     output.read_line(&mut line).unwrap();
     assert_eq!(line, "ready\n");
-    assert!(python(from, SENDER, mac).status().unwrap().success());
+    assert!(python(from, SENDER, [mac, "eth0"]).status().unwrap().success());
     let mut names = String::new();
     output.read_to_string(&mut names).unwrap();
     assert!(listener.wait().unwrap().success());

@@ -3,6 +3,8 @@
 //! address that is the lab's own: of the instructions around VMRUN in `kvm_amd`. Either shows in what the VM
 //! process and KVM count and trace; a guest that merely hangs shows neither, and is a failure.
 
+#![allow(dead_code)] // Each test binary uses its own part.
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;

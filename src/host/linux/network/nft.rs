@@ -2,10 +2,12 @@
 //! never touched.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
+use rustix::fs::{MemfdFlags, memfd_create};
 use serde_json::{Value, json};
 
 use super::{remove_file, replace_file};
@@ -76,22 +78,18 @@ pub fn lacks() -> Option<String> {
 fn run(commands: &[Value]) -> Result<Vec<Vec<Value>>, NftError> {
     let refused = |error: io::Error| NftError::Refused(format!("run nft: {error}"));
     let program = find_program("nft").ok_or(NftError::Missing)?;
-    let mut child = Command::new(program)
-        .args(["-j", "-f", "-"])
+    // A file and not `-`: that is `/dev/stdin` to nft, which a host without udev may lack.
+    let input = memfd_create("vmctl-nft", MemfdFlags::CLOEXEC);
+    let mut input = File::from(input.map_err(|error| refused(error.into()))?);
+    input.write_all(json!({"nftables": commands}).to_string().as_bytes()).map_err(refused)?;
+    let output = Command::new(program)
+        .args(["-j", "-f", "/proc/self/fd/0"])
         .env_clear()
         .env("LC_ALL", "C")
         .current_dir("/")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
+        .stdin(input)
+        .output()
         .map_err(refused)?;
-    // It reads all before it answers.
-    let sent = match child.stdin.take() {
-        Some(mut stdin) => stdin.write_all(json!({"nftables": commands}).to_string().as_bytes()),
-        None => Ok(()),
-    };
-    let output = child.wait_with_output().map_err(refused)?;
     if !output.status.success() {
         let text = String::from_utf8_lossy(&output.stderr);
         let errors: Vec<&str> =
@@ -99,7 +97,6 @@ fn run(commands: &[Value]) -> Result<Vec<Vec<Value>>, NftError> {
         let why = if errors.is_empty() { text.trim().to_owned() } else { errors.join("; ") };
         return Err(NftError::Refused(why));
     }
-    sent.map_err(refused)?;
     if output.stdout.len() > OUTPUT_BYTES_MAX {
         return Err(NftError::Refused("nft says more than we read".to_owned()));
     }
