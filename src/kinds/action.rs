@@ -4,8 +4,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::host::Step;
 use crate::host::error::ObserveError;
-use crate::host::lvm::LvmStep;
 use crate::host::snapshot::Capability;
+use crate::host::step::LvmStep;
 use crate::name::ObjectId;
 
 /// What happens to an object.

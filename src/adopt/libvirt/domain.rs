@@ -14,6 +14,9 @@ use crate::host::snapshot::Pool;
 use crate::name::{ByteSize, Kind, ObjectName};
 use crate::vmm::config::DiskFormat;
 
+/// What every guest of vmctl's is of.
+const ARCHITECTURE: &str = "x86_64";
+
 /// What a VM of vmctl does without being told, or what means nothing to its guest.
 const SILENT: &[&str] = &[
     "name",
@@ -125,8 +128,8 @@ impl Reader<'_> {
             self.reasons.push(format!("it is a domain of type {kind}"));
         }
         let arch = child(root, "os").and_then(|os| child(os, "type")).and_then(|kind| kind.attribute("arch"));
-        if let Some(arch) = arch.filter(|arch| *arch != std::env::consts::ARCH) {
-            self.reasons.push(format!("its guest is of {arch}, and this host of {}", std::env::consts::ARCH));
+        if let Some(arch) = arch.filter(|arch| *arch != ARCHITECTURE) {
+            self.reasons.push(format!("its guest is of {arch}, and vmctl's are of {ARCHITECTURE}"));
         }
     }
 
