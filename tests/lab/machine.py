@@ -55,7 +55,7 @@ class Hung(LabError):
 
 
 class Machine:
-    def __init__(self, build, cpus, memory_mib, ram_fd, payload_fd, scratch_fd, extra_fd, saving=False):
+    def __init__(self, build, cpus, memory_mib, ram_fd, payload_fd, scratch_fd, extra_fd, thread="multi", saving=False):
         """Starts QEMU: booting, to be saved, or waiting for `restore`."""
         control, control_theirs = socket.socketpair()
         console, console_theirs = socket.socketpair()
@@ -70,7 +70,7 @@ class Machine:
         share = "on" if saving else "off"
         # setpriv: if we are killed, QEMU goes with us.
         command = ["setpriv", "--pdeathsig", "KILL", f"{build}/qemu/run"]
-        command += ["-accel", "tcg,thread=multi", "-M", "q35,memory-backend=ram", "-cpu", "EPYC"]
+        command += ["-accel", f"tcg,thread={thread}", "-M", "q35,memory-backend=ram", "-cpu", "EPYC"]
         command += ["-smp", str(cpus), "-m", f"{memory_mib}M"]
         command += ["-object", f"memory-backend-file,id=ram,size={memory_mib}M,mem-path=/proc/self/fd/{ram_fd},share={share}"]
         command += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-bios", "qboot.rom"]
