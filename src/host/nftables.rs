@@ -92,6 +92,8 @@ impl From<TableId> for String {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Table {
     pub chains: BTreeMap<String, Chain>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub sets: BTreeMap<String, Set>,
     /// What else is in it (`set x`): none of it is ours.
     #[serde(default)]
     pub others: BTreeSet<String>,
@@ -122,13 +124,69 @@ pub struct Rule {
     pub expr: Vec<Value>,
 }
 
-/// Sets have no order: theirs is that of their text, whoever wrote them.
+/// A named set or map, whose elements come and go one by one. Rules call it `@name`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Set {
+    /// What its elements, or a map's keys, are: `ipv4_addr`, `ifname`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// What a map gives: `verdict`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub map: Option<String>,
+    /// A map's values by their keys; of a set, nothing by its elements.
+    pub elements: BTreeMap<String, Value>,
+}
+
+impl Set {
+    pub fn new(kind: &str, elements: impl IntoIterator<Item = String>) -> Self {
+        let elements = elements.into_iter().map(|element| (element, Value::Null)).collect();
+        Self { kind: kind.to_owned(), map: None, elements }
+    }
+
+    /// From what `nft` prints of it. `None`: it has something that ours never have, such as a timeout.
+    fn parse(set: &Value) -> Option<Self> {
+        let known = ["family", "name", "table", "handle", "type", "map", "elem"];
+        if !set.as_object()?.keys().all(|key| known.contains(&key.as_str())) {
+            return None;
+        }
+        let element = |element: &Value| match element {
+            Value::String(key) => Some((key.clone(), Value::Null)),
+            Value::Array(pair) => match &pair[..] {
+                [Value::String(key), value] => Some((key.clone(), value.clone())),
+                _ => None,
+            },
+            _ => None,
+        };
+        let elements = set.get("elem").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+        Some(Self {
+            kind: set.get("type")?.as_str()?.to_owned(),
+            map: set.get("map").and_then(Value::as_str).map(str::to_owned),
+            elements: elements.iter().map(element).collect::<Option<_>>()?,
+        })
+    }
+
+    fn word(&self) -> &'static str {
+        if self.map.is_some() { "map" } else { "set" }
+    }
+
+    /// Of the same kind, whatever is in it.
+    fn is_like(&self, other: &Self) -> bool {
+        (&self.kind, &self.map) == (&other.kind, &other.map)
+    }
+}
+
+/// Sets have no order: theirs is that of their text, whoever wrote them. One of a single element is printed as that.
 pub fn normalise(expression: &mut Value) {
     match expression {
         Value::Object(object) => {
             object.values_mut().for_each(normalise);
             if let Some(Value::Array(set)) = object.get_mut("set") {
                 set.sort_by_key(Value::to_string);
+                if let [element] = &set[..]
+                    && !element.is_array()
+                {
+                    *expression = element.clone();
+                }
             }
         }
         Value::Array(list) => list.iter_mut().for_each(normalise),
@@ -177,6 +235,9 @@ impl Listed {
                     let handle = handle.ok_or_else(|| "a rule without `handle`".to_owned())?;
                     listed.handles.entry(name).or_default().push(handle);
                 }
+                "set" | "map" if let Some(set) = Set::parse(value) => {
+                    listed.table.sets.insert(text("name")?, set);
+                }
                 other => {
                     listed.table.others.insert(format!("{other} {}", text("name").unwrap_or_default()));
                 }
@@ -193,7 +254,7 @@ pub fn transaction(id: &TableId, have: Option<&Listed>, want: &Table) -> Vec<Val
     let nothing = Listed::default();
     let have = match have {
         // What isn't ours may use, or be used by, anything in it: begin anew.
-        Some(have) if !have.table.others.is_empty() => {
+        Some(have) if !have.table.others.is_empty() || changes_a_sets_kind(&have.table, want) => {
             commands.table("delete");
             commands.table("add");
             &nothing
@@ -222,6 +283,22 @@ pub fn transaction(id: &TableId, have: Option<&Listed>, want: &Table) -> Vec<Val
             commands.chain("add", name, chain.base.as_ref());
         }
     }
+    // Elements lead to chains, and rules look into sets.
+    for (name, set) in &want.sets {
+        let have = have.table.sets.get(name);
+        if have.is_none() {
+            commands.set("add", name, set);
+        }
+        let none = BTreeMap::new();
+        let had = have.map_or(&none, |have| &have.elements);
+        let differing = |one: &BTreeMap<String, Value>, other: &BTreeMap<String, Value>| {
+            let differs = |(key, value): &(&String, &Value)| other.get(*key) != Some(*value);
+            let pair = |(key, value): (&String, &Value)| (key.clone(), value.clone());
+            one.iter().filter(differs).map(pair).collect()
+        };
+        commands.elements("delete", name, differing(had, &set.elements));
+        commands.elements("add", name, differing(&set.elements, had));
+    }
     for (name, chain) in &want.chains {
         let (rules, handles) = match have.table.chains.get(name).filter(|_| suits(name)) {
             Some(have_chain) => (&have_chain.rules[..], &have.handles[name][..]),
@@ -230,10 +307,16 @@ pub fn transaction(id: &TableId, have: Option<&Listed>, want: &Table) -> Vec<Val
         commands.rules(name, rules, handles, &chain.rules);
     }
     let gone: Vec<&String> = have.table.chains.keys().filter(|name| !stays(name)).collect();
-    for verb in ["flush", "delete"] {
-        gone.iter().for_each(|name| commands.chain(verb, name, None));
+    gone.iter().for_each(|name| commands.chain("flush", name, None));
+    for (name, set) in have.table.sets.iter().filter(|(name, _)| !want.sets.contains_key(*name)) {
+        commands.set("delete", name, set);
     }
+    gone.iter().for_each(|name| commands.chain("delete", name, None));
     commands.list
+}
+
+fn changes_a_sets_kind(have: &Table, want: &Table) -> bool {
+    want.sets.iter().any(|(name, set)| have.sets.get(name).is_some_and(|have| !have.is_like(set)))
 }
 
 /// But for the policy.
@@ -262,6 +345,27 @@ impl Commands {
             chain.insert("policy".into(), json!(base.policy));
         }
         self.list.push(json!({verb: {"chain": chain}}));
+    }
+
+    fn set(&mut self, verb: &str, name: &str, set: &Set) {
+        let mut body = json!({"family": self.family, "table": self.table, "name": name, "type": set.kind});
+        if let Some(map) = &set.map {
+            body["map"] = json!(map);
+        }
+        self.list.push(json!({verb: {set.word(): body}}));
+    }
+
+    fn elements(&mut self, verb: &str, set: &str, elements: Vec<(String, Value)>) {
+        if elements.is_empty() {
+            return;
+        }
+        let element = |(key, value)| match value {
+            Value::Null => json!(key),
+            value => json!([key, value]),
+        };
+        let elements: Vec<Value> = elements.into_iter().map(element).collect();
+        let body = json!({"family": self.family, "table": self.table, "name": set, "elem": elements});
+        self.list.push(json!({verb: {"element": body}}));
     }
 
     /// The longest common run of rules stays; the others go by their handles, or come beside what stays.
@@ -369,10 +473,39 @@ mod tests {
     #[test]
     fn what_is_not_ours_in_a_table_makes_it_anew() {
         let mut have = listed(&["a"]);
-        have.table.others.insert("set x".to_owned());
+        have.table.others.insert("flowtable x".to_owned());
         let commands = transaction(&id(), Some(&have), &table(&["a"]));
         assert_eq!(commands[0]["delete"]["table"]["name"], "vmctl.default.web");
         assert_eq!(commands.len(), 4);
+    }
+
+    #[test]
+    fn only_elements_that_differ_are_written() {
+        let with = |set: Option<Set>| {
+            let sets = set.map(|set| ("own".to_owned(), set)).into_iter().collect();
+            Table { sets, ..table(&["a"]) }
+        };
+        let set = |elements: &[&str]| {
+            Some(Set::new("ipv4_addr", elements.iter().map(|&element| element.to_owned())))
+        };
+        let write = |have: Option<Set>, want: Option<Set>| {
+            let have = Listed { table: with(have), ..listed(&["a"]) };
+            let commands = transaction(&id(), Some(&have), &with(want));
+            let word = |command: &Value| {
+                let (verb, what) = command.as_object().unwrap().iter().next().unwrap();
+                let (kind, body) = what.as_object().unwrap().iter().next().unwrap();
+                let elements = body.get("elem").map(Value::to_string).unwrap_or_default();
+                format!("{verb} {kind}{elements}")
+            };
+            commands.iter().map(word).collect::<Vec<_>>().join(", ")
+        };
+        assert_eq!(write(set(&["a", "b"]), set(&["a", "b"])), "");
+        assert_eq!(write(set(&["a", "b"]), set(&["b", "c"])), r#"delete element["a"], add element["c"]"#);
+        assert_eq!(write(None, set(&["a"])), r#"add set, add element["a"]"#);
+        assert_eq!(write(None, set(&[])), "add set");
+        assert_eq!(write(set(&["a"]), None), "delete set");
+        let numbers = Some(Set::new("mark", []));
+        assert_eq!(write(numbers, set(&[])), "delete table, add table, add chain, add set, add rule");
     }
 
     #[test]

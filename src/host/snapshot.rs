@@ -12,7 +12,7 @@ pub use super::facts::{
 };
 pub use super::limits::ProcessLimits;
 pub use super::lvm::{DeviceFacts, GroupFacts, LvmPlace, LvmPool, PoolPlace, ThinFacts};
-pub use super::nftables::{BaseChain, Chain, Family, Rule, Table, TableId, normalise};
+pub use super::nftables::{BaseChain, Chain, Family, Rule, Set, Table, TableId, normalise};
 use crate::name::{IpPrefix, LinkName, MacAddress, Mark, ObjectName, VlanId};
 use crate::vmm::config::{DiskFormat, VmConfig};
 use crate::vmm::protocol::{Condition, ConditionKind, ExitRecord, Phase};
@@ -257,7 +257,8 @@ impl ServiceConfig {
 pub struct Lease {
     /// 0: never.
     pub expires_unix_seconds: u64,
-    pub mac_address: MacAddress,
+    /// `None`: not told with DHCPv6, which knows its clients by other names.
+    pub mac_address: Option<MacAddress>,
     pub address: std::net::IpAddr,
     pub host_name: Option<String>,
 }

@@ -131,6 +131,19 @@ fn differences(action: &mut Action, have: &Table, want: &Table) {
             action.differs(&field, word(have), word(want), Impact::Live);
         }
     }
+    let names: BTreeSet<&String> = have.sets.keys().chain(want.sets.keys()).collect();
+    for name in names {
+        let field = format!("nftables.{name}");
+        let elements =
+            |table: &Table| table.sets.get(name).map(|set| set.elements.clone()).unwrap_or_default();
+        let (from, to) = (elements(have), elements(want));
+        for element in from.iter().filter(|(key, value)| to.get(*key) != Some(*value)) {
+            action.differs(&field, Some(element.0.clone()), None, Impact::Live);
+        }
+        for element in to.iter().filter(|(key, value)| from.get(*key) != Some(*value)) {
+            action.differs(&field, None, Some(element.0.clone()), Impact::Live);
+        }
+    }
     for other in &have.others {
         action.differs("nftables", Some(other.clone()), None, Impact::Live);
     }

@@ -1,4 +1,5 @@
-"""sender.py MAC INTERFACE: sends frames, good ones and forged ones, a few times; each bears its name."""
+"""sender.py MAC INTERFACE NEIGHBOUR: sends frames, good ones and forged ones, a few times; each bears its name. NEIGHBOUR is
+another guest's link-local address."""
 import socket, struct, sys, time
 mac = bytes.fromhex(sys.argv[1].replace(":", ""))
 other, all = bytes.fromhex("525400aaaaaa"), b"\xff" * 6
@@ -36,6 +37,7 @@ frames = [
     icmp6("bad-ra", "fe80::10", 134, b"\x40\0\x07\x08" + b"\0" * 8),
     icmp6("bad-redirect", "fe80::10", 137, b"\0" * 36),
     neighbour("bad-nd-neighbour", "fe80::10", "fd00:100::11"), neighbour("bad-nd-gateway", "fe80::10", "fd00:100::1"),
+    icmp6("bad-ll-neighbour", sys.argv[3], 128, b"\0\1\0\1"), neighbour("bad-nd-ll-neighbour", "fe80::10", sys.argv[3]),
     icmp6("bad-ipv6", "fd00:100::11", 128, b"\0\1\0\1"),
     ether(0x8100, struct.pack("!HH", 10, 0x800) + udp("bad-tag", "192.168.100.10", 1, 1)[14:]),
 ]
