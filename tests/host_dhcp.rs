@@ -155,7 +155,8 @@ fn a_service_is_kept_and_changed_with_as_little_as_it_takes() {
     assert!(!uid.split_whitespace().any(|word| word == "0"), "{uid}");
 
     // Another reservation: the same process, which reads it.
-    all.get_mut(&id("VirtualMachine/web")).unwrap()["interfaces"][0]["addresses"] = json!(["192.168.100.77"]);
+    all.get_mut(&id("VirtualMachine/web")).unwrap()["interfaces"][0]["addresses"] =
+        json!(["192.168.100.77", "fd00:100::10"]);
     let shown = host.apply(&all);
     assert!(shown.contains("dnsmasq.reservations"), "{shown}");
     assert_eq!(service(&host).pid, Some(first));

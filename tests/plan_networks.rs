@@ -272,11 +272,15 @@ fn a_service_is_given_what_is_declared_and_nothing_of_others() {
         dhcp-range=192.168.100.50,192.168.100.254,255.255.255.0,3600
         dhcp-option=42,192.168.100.1
         enable-ra
-        dhcp-range=fd00:100::,ra-only,64,3600
+        dhcp-range=fd00:100::,static,slaac,64,3600
     "#]]
     .assert_eq(&service.config.main);
     assert_eq!(service.config.names, "192.168.100.10 web\nfd00:100::10 web\n");
-    assert!(service.config.hosts.ends_with(",192.168.100.10,web\n"), "{}", service.config.hosts);
+    assert!(
+        service.config.hosts.ends_with(",192.168.100.10,[fd00:100::10],web\n"),
+        "{}",
+        service.config.hosts
+    );
     let pid = service.pid;
 
     // A name more is told to the process that runs; a domain takes another one.

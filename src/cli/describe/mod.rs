@@ -149,7 +149,8 @@ fn describe(object: &Object, style: Style) -> String {
             }
             for lease in &network.leases {
                 let name = lease.host_name.as_deref().unwrap_or("-");
-                page.item(&format!("{:<15}  {}  {name}", lease.address, lease.mac_address));
+                let mac = lease.mac_address.map(|mac| format!("{mac}  ")).unwrap_or_default();
+                page.item(&format!("{:<15}  {mac}{name}", lease.address));
             }
         }
         Status::StoragePool(pool) => {

@@ -58,7 +58,7 @@ fn table(rows: &[Row]) -> String {
         [
             lease.address.to_string(),
             name,
-            lease.mac_address.to_string(),
+            lease.mac_address.map_or("-".to_owned(), |mac| mac.to_string()),
             row.network.to_owned(),
             expires(lease),
         ]

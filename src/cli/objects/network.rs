@@ -39,7 +39,7 @@ pub struct ServiceStatus {
 #[serde(rename_all = "camelCase")]
 pub struct Lease {
     pub address: IpAddr,
-    pub mac_address: MacAddress,
+    pub mac_address: Option<MacAddress>,
     pub host_name: Option<String>,
     /// `None`: never.
     pub expires_unix_seconds: Option<u64>,

@@ -41,21 +41,32 @@ pub fn config(
     if !network.has_service() {
         return None;
     }
+    let mut reserves_ipv6 = false;
     let (mut hosts, mut names) = (String::new(), String::new());
     for guest in guests(&id.name, declared) {
         // (Writing to a String can't fail.)
-        let _ = match guest.addresses.iter().find(|address| address.is_ipv4()) {
-            Some(address) => writeln!(hosts, "{},{address},{}", guest.mac, guest.vm),
-            None => writeln!(hosts, "{},{}", guest.mac, guest.vm),
-        };
+        let _ = write!(hosts, "{}", guest.mac);
+        for address in &guest.addresses {
+            let _ = match address {
+                IpAddr::V4(address) => write!(hosts, ",{address}"),
+                IpAddr::V6(address) => write!(hosts, ",[{address}]"),
+            };
+        }
+        let _ = writeln!(hosts, ",{}", guest.vm);
         for address in guest.addresses {
+            reserves_ipv6 |= address.is_ipv6();
             let _ = writeln!(names, "{address} {}", guest.vm);
         }
     }
-    Some(ServiceConfig { bridge: bridge.clone(), main: main(id, network, bridge), hosts, names })
+    Some(ServiceConfig {
+        bridge: bridge.clone(),
+        main: main(id, network, bridge, reserves_ipv6),
+        hosts,
+        names,
+    })
 }
 
-fn main(id: &ObjectId, network: &Network, bridge: &LinkName) -> String {
+fn main(id: &ObjectId, network: &Network, bridge: &LinkName, reserves_ipv6: bool) -> String {
     let mut lines = vec![format!("# Written by vmctl for {id}: change the manifest, not this.")];
     // It binds to addresses: with other ones it is another.
     lines.extend(network.addresses().iter().map(|address| format!("# {address}")));
@@ -101,7 +112,9 @@ fn main(id: &ObjectId, network: &Network, bridge: &LinkName) -> String {
     if let (true, Some(subnet)) = (network.router_advertisements, network.subnets.get(&IpFamily::Ipv6)) {
         let prefix = subnet.address.network();
         line("enable-ra");
-        line(&format!("dhcp-range={},ra-only,{},3600", prefix.address, prefix.prefix_len));
+        // By DHCPv6 there are the declared addresses alone; the others guests make themselves.
+        let how = if reserves_ipv6 { "static,slaac" } else { "ra-only" };
+        line(&format!("dhcp-range={},{how},{},3600", prefix.address, prefix.prefix_len));
         if network.mode == Mode::Isolated {
             line(&format!("ra-param={bridge},60,0"));
         }

@@ -110,14 +110,16 @@ impl Place {
     }
 }
 
-/// `1700000000 52:54:00:12:34:56 192.168.122.10 web 01:52:54:00:12:34:56`; `*`: it gave no name.
+/// `1700000000 52:54:00:12:34:56 192.168.122.10 web 01:52:54:00:12:34:56`; `*`: it gave no name. Of
+/// DHCPv6 the second word is the number of the guest's interface (its IAID).
 fn parse_lease(line: &str) -> Option<Lease> {
     let mut words = line.split_whitespace();
-    let (expires, mac, address, name) = (words.next()?, words.next()?, words.next()?, words.next()?);
+    let (expires, client, address, name) = (words.next()?, words.next()?, words.next()?, words.next()?);
+    let address: std::net::IpAddr = address.parse().ok()?;
     Some(Lease {
         expires_unix_seconds: expires.parse().ok()?,
-        mac_address: mac.parse().ok()?,
-        address: address.parse().ok()?,
+        mac_address: if address.is_ipv4() { Some(client.parse().ok()?) } else { None },
+        address,
         host_name: (name != "*").then(|| name.to_owned()),
     })
 }
@@ -333,4 +335,21 @@ pub fn watch(networks: &Path, mark: &Mark) -> Option<std::os::fd::OwnedFd> {
 
 pub fn lacks() -> Option<String> {
     find_program("dnsmasq").is_none().then(|| "the program `dnsmasq` is not there".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn leases_of_both_families_are_read() {
+        let read = |line: &str| {
+            parse_lease(line).map(|lease| (lease.address.to_string(), lease.mac_address.is_some()))
+        };
+        let ipv4 = read("1700000000 52:54:00:12:34:56 192.168.122.10 web 01:52:54:00:12:34:56");
+        assert_eq!(ipv4, Some(("192.168.122.10".into(), true)));
+        let ipv6 = read("1700000000 305419896 fd00:122::10 web 00:02:00:00:ab:11:5b:3d");
+        assert_eq!(ipv6, Some(("fd00:122::10".into(), false)));
+        assert_eq!(read("duid 00:01:00:01:2a:3b:4c:5d:52:54:00:12:34:56"), None);
+    }
 }

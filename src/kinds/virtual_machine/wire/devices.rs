@@ -77,8 +77,9 @@ pub struct Interface {
     pub bridge: Option<String>,
     /// The Network that it is in; changes live. This or `bridge`.
     pub network: Option<String>,
-    /// Its IP addresses in its `network`, at most one of each family, without a prefix: DHCP gives it the IPv4
-    /// one, and DNS knows the VM's name by them. Default: what DHCP chooses.
+    /// Its IP addresses in its `network`, at most one of each family, without a prefix: DHCP gives them to it (the
+    /// IPv6 one where the network has `routerAdvertisements`), and DNS knows the VM's name by them. Default: what DHCP
+    /// chooses.
     pub addresses: Option<Vec<String>>,
     /// Whether what the guest sends in its `network` must bear its own MAC and IP addresses, and be neither the
     /// work of a DHCP server nor of a router, nor tagged. A guest with guests, bridges or routes of its own
