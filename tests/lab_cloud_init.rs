@@ -76,4 +76,6 @@ fn a_guest_reads_its_seed() {
     let mut guest = boot();
     guest.succeeds("mkdir -p /seed && mount -t vfat -o ro /dev/vdc /seed");
     assert_eq!(guest.succeeds("cat /seed/user-data"), "#!/bin/sh\necho another");
+    // The same instance: cloud-init does nothing of what it does once.
+    assert_eq!(guest.succeeds("cat /seed/meta-data"), meta_data);
 }

@@ -130,7 +130,7 @@ impl Guest for Linux {
     }
 
     fn is_lost(&mut self, vm: &RunningVm, resets: u64) -> bool {
-        let verdict = lost::judge(vm, resets);
+        let verdict = lost::judge(&vm.control_path(), &vm.log(), resets);
         println!("{}: {}", if verdict.lost { "LOST by the lab" } else { "FAILED" }, verdict.evidence);
         verdict.lost
     }

@@ -56,7 +56,7 @@ fn read_all(vm: &RunningVm, console: &Session, end: &str) -> String {
             heard.elapsed() < SILENCE,
             "the shell has stopped after {:?}, {fresh:?}: {}",
             text.lines().next_back(),
-            lost::judge(vm, 0).evidence
+            lost::judge(&vm.control_path(), &vm.log(), 0).evidence
         );
     }
 }

@@ -60,7 +60,7 @@ impl Drop for Guest {
     /// A test that fails says what became of its guest.
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let verdict = lost::judge(&self.vm, 1);
+            let verdict = lost::judge(&self.vm.control_path(), &self.vm.log(), 1);
             println!("lost by the lab: {}; {}", verdict.lost, verdict.evidence);
         }
     }

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use crate::support::RunningVm;
+use vmctl::vmm::client::{Control, ControlError};
 
 const TRACING: &str = "/sys/kernel/tracing";
 const TRACED: Duration = Duration::from_secs(2);
@@ -25,20 +25,19 @@ pub struct Verdict {
     pub evidence: String,
 }
 
-/// Looks at a VM of which a test has failed. `resets`: those that were asked for.
-pub fn judge(vm: &RunningVm, resets: u64) -> Verdict {
+/// Looks at a VM of which a test has failed, by its control socket. `log`: what it printed. `resets`: those that were
+/// asked for.
+pub fn judge(control: &Path, log: &str, resets: u64) -> Verdict {
     let failed = |evidence: String| Verdict { lost: false, evidence };
-    if vm.has_ended() {
-        return failed(format!("its process has ended: {:?}", vm.wait()));
-    }
-    let (state, metrics) = match (vm.control().state(), vm.control().metrics()) {
-        (Ok(state), Ok(metrics)) => (state, metrics),
-        (state, metrics) => {
-            return failed(format!("its process doesn't answer: {:?} {:?}", state.err(), metrics.err()));
-        }
+    let look = || -> Result<_, ControlError> {
+        let control = Control::connect(control)?;
+        Ok((control.state()?, control.metrics()?))
+    };
+    let (state, metrics) = match look() {
+        Ok(found) => found,
+        Err(error) => return failed(format!("its process doesn't answer: {error:?}")),
     };
     let faults: u64 = metrics.vcpus.iter().map(|vcpu| vcpu.exits.others).sum();
-    let log = vm.log();
     let tail: String = log.chars().skip(log.chars().count().saturating_sub(400)).collect();
     let counts = format!(
         "{:?}, {} resets where {resets} were asked for, {faults} triple faults; the console's end: {tail:?}",
@@ -47,12 +46,12 @@ pub fn judge(vm: &RunningVm, resets: u64) -> Verdict {
     if state.reboots > resets {
         return Verdict { lost: faults > 0, evidence: counts };
     }
-    let exits = match trace(vm.pid) {
+    let exits = match trace(state.pid) {
         Ok(found) => found,
         Err(error) => return failed(format!("{counts}; no trace of KVM: {error}")),
     };
-    let kvm = kvm_counts(vm.pid);
-    let (events, threads) = (events_not_taken(vm.pid), threads(vm.pid));
+    let kvm = kvm_counts(state.pid);
+    let (events, threads) = (events_not_taken(state.pid), threads(state.pid));
     let devices = format!("{:?} {:?}", metrics.disks, metrics.nics);
     Verdict {
         lost: exits.in_host > 0 && exits.in_host * 2 > exits.count,

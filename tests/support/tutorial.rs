@@ -3,6 +3,9 @@
 
 #![allow(dead_code)] // Each test binary uses its own part.
 
+#[path = "lost.rs"]
+mod lost;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
@@ -113,8 +116,12 @@ impl Tutorial {
         names
     }
 
+    fn control_path(&self, vm: &str) -> PathBuf {
+        self.run.join("vms").join(vm).join("control.sock")
+    }
+
     pub fn control(&self, vm: &str) -> Option<Control> {
-        Control::connect(&self.run.join("vms").join(vm).join("control.sock")).ok()
+        Control::connect(&self.control_path(vm)).ok()
     }
 
     pub fn pid(&self, vm: &str) -> Option<i32> {
@@ -124,17 +131,24 @@ impl Tutorial {
     /// The guest's shell, once it is up.
     #[track_caller]
     pub fn guest(&self, vm: &str) -> Guest {
-        let control = self.control(vm).unwrap_or_else(|| panic!("{vm} runs"));
-        let console = control.attach_console(1 << 20).unwrap();
-        let mut guest = Guest { name: vm.to_owned(), console, seen: String::new(), count: 0 };
+        let mut guest = self.console(vm);
         guest.wait_for("GUEST-READY");
         guest
+    }
+
+    /// The guest's console, from the beginning.
+    #[track_caller]
+    pub fn console(&self, vm: &str) -> Guest {
+        let control = self.control(vm).unwrap_or_else(|| panic!("{vm} runs"));
+        let console = control.attach_console(1 << 20).unwrap();
+        Guest { name: vm.to_owned(), control: self.control_path(vm), console, seen: String::new(), count: 0 }
     }
 }
 
 /// A guest's shell on its serial console.
 pub struct Guest {
     name: String,
+    control: PathBuf,
     console: Console,
     seen: String,
     count: u32,
@@ -143,7 +157,12 @@ pub struct Guest {
 impl Guest {
     #[track_caller]
     pub fn wait_for(&mut self, text: &str) {
-        let deadline = Instant::now() + GUEST_PATIENCE;
+        self.wait_for_within(text, GUEST_PATIENCE);
+    }
+
+    #[track_caller]
+    pub fn wait_for_within(&mut self, text: &str, patience: Duration) {
+        let deadline = Instant::now() + patience;
         while !self.seen.contains(text) {
             assert!(Instant::now() < deadline, "{} never said `{text}`:\n{}", self.name, self.seen);
             self.read(Duration::from_millis(200));
@@ -158,6 +177,12 @@ impl Guest {
             Ok(None) => {}
             Err(error) => panic!("{}'s console: {error}\n{}", self.name, self.seen),
         }
+    }
+
+    /// Types a line, as a person would.
+    pub fn type_in(&mut self, line: &str) {
+        self.seen.clear();
+        self.console.write(format!("{line}\n").as_bytes()).unwrap();
     }
 
     /// Runs a command in the guest: its exit status and what it printed.
@@ -184,7 +209,11 @@ impl Guest {
                 self.console.write(b"\n").unwrap();
                 (0..10).for_each(|_| self.read(Duration::from_millis(500)));
                 let woken = &self.seen[before.len()..];
-                panic!("{}: `{command}` didn't end:\n{before}\nand after a key: `{woken}`", self.name);
+                panic!(
+                    "{}: `{command}` didn't end:\n{before}\nand after a key: `{woken}`; {}",
+                    self.name,
+                    lost::judge(&self.control, &before, 0).evidence
+                );
             }
             self.read(Duration::from_millis(200));
         }
