@@ -15,7 +15,7 @@ use vmctl::host::linux::LinuxHost;
 use vmctl::host::sim::SimHost;
 use vmctl::host::snapshot::{
     BaseChain, Chain, CpuShare, HostSetting, IpFamily, KsmRules, LinkKind, PolicyRules, PoolPlace, PortFacts,
-    Rule, RunStrategy, Table, TableId, VmDefinition,
+    Rule, RunStrategy, ServiceConfig, Table, TableId, VmDefinition,
 };
 use vmctl::host::step::{LinkChange, NewVolume, NewVolumeContent, Step, StopHow};
 use vmctl::host::{Host, Scope};
@@ -83,6 +83,9 @@ impl Pair {
         for (id, table) in snapshot.tables.unwrap() {
             lines.push(format!("table {id}: {table:?}"));
         }
+        for (mark, service) in snapshot.services.unwrap() {
+            lines.push(format!("service {mark}: {:?} runs {}", service.config, service.pid.is_some()));
+        }
         for (family, facts) in snapshot.forwarding.unwrap() {
             lines.push(format!("{family} forwarding {} for {:?}", facts.on, facts.users));
         }
@@ -120,6 +123,10 @@ impl Pair {
 
 impl Drop for Pair {
     fn drop(&mut self) {
+        // What a test that failed left running.
+        for (mark, _) in self.linux.snapshot(&self.scope).services.into_iter().flatten() {
+            self.linux.run(&[&Step::RemoveService { mark }]);
+        }
         let _ = std::fs::remove_dir_all(&self.root);
     }
 }
@@ -372,6 +379,8 @@ fn tables_and_forwarding_agree() {
         }
     };
     let set = |mark: &Mark, table: Table| Step::SetTable { id: TableId::of_network(mark), table };
+    let guard = |mark: &Mark, table: Table| Step::SetTable { id: TableId::of_guards(mark), table };
+    let unguard = |mark: &Mark| Step::DeleteTable { id: TableId::of_guards(mark) };
     let delete = |mark: &Mark| Step::DeleteTable { id: TableId::of_network(mark) };
     let require = |family, mark: &Mark| Step::RequireForwarding { family, mark: mark.clone() };
     let release = |family, mark: &Mark| Step::ReleaseForwarding { family, mark: mark.clone() };
@@ -383,6 +392,13 @@ fn tables_and_forwarding_agree() {
         set(&web, table("forward", vec![rule("c", "drop"), rule("a", "accept")])),
         set(&web, table("input", vec![rule("a", "accept"), rule("a", "accept")])),
         set(&web, Table::default()),
+        unguard(&web),
+        guard(&web, table("prerouting", vec![rule("a", "drop")])),
+        guard(&lab, table("forward", vec![rule("a", "accept")])),
+        guard(&web, table("prerouting", vec![rule("b", "accept"), rule("a", "drop")])),
+        guard(&web, table("prerouting", vec![rule("b", "accept"), rule("a", "drop")])),
+        unguard(&web),
+        unguard(&web),
         require(Ipv4, &web),
         require(Ipv4, &web),
         require(Ipv4, &lab),
@@ -395,8 +411,68 @@ fn tables_and_forwarding_agree() {
         delete(&web),
         delete(&web),
         delete(&lab),
+        unguard(&lab),
     ];
     for step in &steps {
         assert_eq!(pair.run(step), "done", "{step:?}");
+    }
+}
+
+#[test]
+fn services_agree() {
+    host::private_network();
+    let pair = Pair::new("services");
+    let mark = host::mark(Kind::Network, "lab");
+    let bridge = vmctl::host::step::NewLink { mtu: Some(1500), ..host::bridge("br0") };
+    let address = "192.0.2.1/24".parse().unwrap();
+    let set = |lease_seconds: u32, names: &str| {
+        let main = format!(
+            "bind-interfaces\nexcept-interface=lo\nport=0\ninterface=br0\ndhcp-range=192.0.2.9,192.0.2.20,{lease_seconds}\n"
+        );
+        let config =
+            ServiceConfig { bridge: host::name("br0"), main, hosts: String::new(), names: names.to_owned() };
+        Step::SetService { mark: mark.clone(), config }
+    };
+    let make = Step::CreateLink(bridge);
+    let delete = Step::DeleteLink { link: host::name("br0"), mark: host::mark(Kind::Bridge, "br0") };
+    let remove = Step::RemoveService { mark: mark.clone() };
+    let (mut linux, mut sim) = (None, None);
+    // And whether the process that ran before goes on.
+    for (number, (step, verdict, goes_on)) in [
+        (remove.clone(), "done", false),
+        // Without its bridge it is only known.
+        (set(600, ""), "failed", false),
+        (remove.clone(), "done", false),
+        (set(600, ""), "failed", false),
+        (make.clone(), "done", false),
+        (Step::AddAddress { link: host::name("br0"), address }, "done", false),
+        (set(600, ""), "done", false),
+        (set(600, ""), "done", true),
+        (set(600, "192.0.2.9 web\n"), "done", true),
+        (set(900, "192.0.2.9 web\n"), "done", false),
+        // What listened on a bridge that went is as good as gone, whatever comes in the bridge's place.
+        (delete.clone(), "done", false),
+        (set(900, "192.0.2.9 web\n"), "failed", false),
+        (make.clone(), "done", false),
+        (set(900, "192.0.2.9 web\n"), "done", false),
+        (delete.clone(), "done", false),
+        (make, "done", false),
+        (set(900, ""), "done", false),
+        (delete, "done", false),
+        (remove.clone(), "done", false),
+        (remove, "done", false),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        assert_eq!(pair.run(&step), verdict, "step {number}: {step:?}");
+        let pid = |host: &dyn Host| {
+            let services = host.snapshot(&pair.scope).services.unwrap();
+            services.get(&mark).and_then(|service| service.pid)
+        };
+        let now = (pid(&pair.linux), pid(&pair.sim));
+        let same = |before: Option<i32>, now: Option<i32>| now.is_some() && before == now;
+        assert_eq!((same(linux, now.0), same(sim, now.1)), (goes_on, goes_on), "step {number}: {step:?}");
+        (linux, sim) = now;
     }
 }

@@ -7,16 +7,20 @@ mod objects;
 #[path = "support/host.rs"]
 mod support;
 
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use net::{Host, Namespace};
 use objects::{Objects, id};
 use serde_json::json;
 use support::{ip, private_network};
-use vmctl::host::Host as _;
+use vmctl::host::linux::LinuxHost;
 use vmctl::host::snapshot::Service;
+use vmctl::host::{Host as _, Step};
 use vmctl::kinds::virtual_machine::default_mac;
 
 fn network() -> serde_json::Value {
@@ -72,6 +76,12 @@ fn ask(guest: &Namespace, host: &Host) -> String {
 
 fn resolve(guest: &Namespace, name: &str) -> String {
     let output = guest.command(&format!("busybox nslookup {name} 192.168.100.1")).output().unwrap();
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// As programs of the host do.
+fn resolve_here(name: &str) -> String {
+    let output = Command::new("busybox").args(["nslookup", name, "192.168.100.1"]).output().unwrap();
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
@@ -203,4 +213,124 @@ fn a_service_is_kept_and_changed_with_as_little_as_it_takes() {
     all.get_mut(&id("Network/lab")).unwrap()["dns"] = json!({"enabled": false});
     host.apply(&all);
     assert!(!Path::new(&format!("/proc/{last}")).exists());
+}
+
+/// What changes something that outlives who does it.
+const CALLS: &str = "rename,unlink,unlinkat,rmdir,pidfd_send_signal,clone,clone3,vfork";
+
+/// Runs a step as another process, which dies before this call of those, if any. Gives the names of the calls
+/// that it made, or was to make, in order; and whether it died.
+fn dies_in(step: &Step, host: &Host, before: Option<(&str, usize)>) -> (Vec<String>, bool) {
+    let trace = host.root.join("trace");
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "runs_a_step_until_it_is_killed", "--ignored", "--nocapture"])
+        .env("VMCTL_STEP", serde_json::to_string(step).unwrap())
+        .env("VMCTL_ROOT", &host.root)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // (Held to the end: it may say more.)
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let thread = lines
+        .by_ref()
+        .map(|line| line.unwrap())
+        .find_map(|line| line.split_once("thread ").and_then(|(_, thread)| thread.parse::<u32>().ok()))
+        .expect("the child runs");
+    // The one thread alone: dnsmasq, which it starts, makes such calls, too.
+    let mut tracer = Command::new("strace");
+    tracer.arg("-qq").arg("-o").arg(&trace).args([
+        "-p",
+        &thread.to_string(),
+        "-e",
+        &format!("trace={CALLS}"),
+    ]);
+    if let Some((call, number)) = before {
+        tracer.args(["-e", &format!("inject={call}:signal=KILL:when={number}")]);
+    }
+    let mut tracer = tracer.spawn().expect("strace (tests/setup installs it)");
+    eventually("nobody traces the child", || {
+        let status = std::fs::read_to_string(format!("/proc/{thread}/status")).unwrap();
+        !status.contains("TracerPid:\t0\n")
+    });
+    child.stdin.take().unwrap().write_all(b"go\n").unwrap();
+    let status = child.wait().unwrap();
+    tracer.wait().unwrap();
+    assert!(status.success() || status.signal() == Some(9), "{status}");
+    let text = std::fs::read_to_string(trace).unwrap();
+    let calls = text.lines().filter_map(|line| line.split_once('(')).map(|(call, _)| call.to_owned());
+    (calls.collect(), !status.success())
+}
+
+#[test]
+#[ignore = "is started by the next test"]
+fn runs_a_step_until_it_is_killed() {
+    let root = PathBuf::from(std::env::var_os("VMCTL_ROOT").expect("who kills it"));
+    let step: Step = serde_json::from_str(&std::env::var("VMCTL_STEP").unwrap()).unwrap();
+    let host = LinuxHost::new(root.join("state"), root.join("run"), "/nonexistent/vmctl-vmm");
+    println!("thread {}", rustix::thread::gettid().as_raw_pid());
+    std::io::stdin().read_line(&mut String::new()).unwrap();
+    host.run(&[&step]).remove(0).unwrap();
+}
+
+#[test]
+fn death_at_any_point_of_a_services_steps_converges() {
+    private_network();
+    ip("link set lo up");
+    let host = Host::new("death");
+    let kernel = host.root.join("kernel");
+    std::fs::write(&kernel, [0; 4096]).unwrap();
+    let lab = |address: &str, lease_seconds: u32| -> Objects {
+        let dhcp = json!({"leaseSeconds": lease_seconds});
+        let network = json!({
+            "bridge": "virbr0",
+            "ipv4": {"address": "192.168.100.1/24", "dhcp": dhcp},
+            "dns": {"forwarders": []},
+        });
+        [(id("Network/lab"), network), (id("VirtualMachine/web"), vm(&kernel, json!([address])))].into()
+    };
+    let bare =
+        json!({"bridge": "virbr0", "ipv4": {"address": "192.168.100.1/24"}, "dns": {"enabled": false}});
+    let none: Objects = [(id("Network/lab"), bare)].into();
+    let (first, names, settings) =
+        (lab("192.168.100.10", 600), lab("192.168.100.77", 600), lab("192.168.100.77", 900));
+    let services = host.root.join("state/networks/services");
+    // What was, what it was killed on the way to, and what is wanted then.
+    let ways = [
+        (&none, &first, &first),
+        (&none, &first, &none),
+        (&first, &names, &first),
+        (&first, &settings, &first),
+        (&first, &none, &none),
+        (&first, &none, &first),
+    ];
+    for (was, to, then) in ways {
+        let dies = |before| {
+            host.apply(was);
+            let plan = host.diff(to);
+            let mut steps = plan.steps().map(|(_, step)| step);
+            let is_service =
+                |step: &&Step| matches!(step, Step::SetService { .. } | Step::RemoveService { .. });
+            dies_in(steps.find(is_service).expect("the service changes"), &host, before)
+        };
+        let (calls, _) = dies(None);
+        let mut deaths = 0;
+        for (index, call) in calls.iter().enumerate() {
+            let number = calls[..=index].iter().filter(|other| *other == call).count();
+            deaths += usize::from(dies(Some((call.as_str(), number))).1);
+            host.apply(then);
+            let when = format!("killed before {call} {number} of {calls:?}");
+            let wanted = if then == &none { 0 } else { 1 };
+            let argument = format!("conf-file={}/default.lab/dnsmasq.conf", services.display());
+            let running = Command::new("pgrep").args(["-cf", &argument]).output().unwrap().stdout;
+            assert_eq!(String::from_utf8_lossy(&running).trim(), wanted.to_string(), "{when}");
+            let left = std::fs::read_dir(&services).into_iter().flatten().count();
+            assert_eq!(left, wanted, "{when}");
+            if wanted == 1 {
+                // (It may be about to read its names.)
+                eventually(&when, || resolve_here("web").contains("192.168.100.10\n"));
+            }
+        }
+        assert!(deaths >= 2, "{deaths} of {calls:?}");
+    }
 }

@@ -250,6 +250,7 @@ fn a_service_is_given_what_is_declared_and_nothing_of_others() {
     converge(&with_vm(), &host);
     let seen = host.snapshot(&Default::default()).services.unwrap();
     let service = seen.values().next().unwrap();
+    let config = service.config.as_ref().unwrap();
     expect![[r#"
         # Written by vmctl for Network/lab: change the manifest, not this.
         # 192.168.100.1/24
@@ -274,13 +275,9 @@ fn a_service_is_given_what_is_declared_and_nothing_of_others() {
         enable-ra
         dhcp-range=fd00:100::,static,slaac,64,3600
     "#]]
-    .assert_eq(&service.config.main);
-    assert_eq!(service.config.names, "192.168.100.10 web\nfd00:100::10 web\n");
-    assert!(
-        service.config.hosts.ends_with(",192.168.100.10,[fd00:100::10],web\n"),
-        "{}",
-        service.config.hosts
-    );
+    .assert_eq(&config.main);
+    assert_eq!(config.names, "192.168.100.10 web\nfd00:100::10 web\n");
+    assert!(config.hosts.ends_with(",192.168.100.10,[fd00:100::10],web\n"), "{}", config.hosts);
     let pid = service.pid;
 
     // A name more is told to the process that runs; a domain takes another one.

@@ -223,10 +223,10 @@ pub struct Forwarding {
 }
 
 /// DHCP, DNS and router advertisements of a network.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Service {
-    /// What its process was given.
-    pub config: ServiceConfig,
+    /// What its process was given. `None`: it was left half made, half changed or half removed.
+    pub config: Option<ServiceConfig>,
     /// `None`: it doesn't run, or listens on a bridge that is no more.
     pub pid: Option<i32>,
     pub leases: Vec<Lease>,
@@ -242,14 +242,6 @@ pub struct ServiceConfig {
     pub hosts: String,
     /// Names in the manner of /etc/hosts.
     pub names: String,
-}
-
-impl ServiceConfig {
-    /// What one has that was never started.
-    pub fn nothing(like: &Self) -> Self {
-        let nothing = String::new;
-        Self { bridge: like.bridge.clone(), main: nothing(), hosts: nothing(), names: nothing() }
-    }
 }
 
 /// An address that a guest has for a time.

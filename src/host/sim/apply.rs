@@ -286,6 +286,7 @@ impl State {
             link.master = None;
             link.port = None;
         }
+        self.lose_bridge(name);
         Ok(())
     }
 

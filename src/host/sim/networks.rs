@@ -2,8 +2,9 @@
 
 use super::State;
 use super::apply::{Done, failed};
-use crate::host::snapshot::{Capability, Service};
+use crate::host::snapshot::{Capability, Service, ServiceConfig};
 use crate::host::{Step, StepError};
+use crate::name::LinkName;
 
 impl State {
     pub(super) fn apply_to_network(&mut self, step: &Step) -> Done {
@@ -28,16 +29,18 @@ impl State {
                 if self.lacks.contains(&Capability::Dnsmasq) {
                     return Err(StepError::Lacks { what: step.to_string(), capability: Capability::Dnsmasq });
                 }
-                self.link(&config.bridge)?;
                 self.next_pid += 1;
                 let new = self.next_pid;
+                let bridge = self.link(&config.bridge).map(|_| ());
                 let Ok(services) = &mut self.world.services else { return failed(step, "no services") };
-                let have = services.get(mark);
-                let goes_on = have.filter(|have| have.config.main == config.main).and_then(|have| have.pid);
-                let leases = have.map(|have| have.leases.clone()).unwrap_or_default();
-                let pid = Some(goes_on.unwrap_or(new));
-                services.insert(mark.clone(), Service { config: config.clone(), pid, leases });
-                Ok(())
+                let service = services.entry(mark.clone()).or_default();
+                let same = |given: &ServiceConfig| given.main == config.main && given.bridge == config.bridge;
+                let goes_on = service.pid.filter(|_| service.config.as_ref().is_some_and(same));
+                // What ran is stopped, and then nothing can be started.
+                let pid = bridge.is_ok().then(|| goes_on.unwrap_or(new));
+                let config = bridge.is_ok().then(|| config.clone());
+                *service = Service { config, pid, leases: std::mem::take(&mut service.leases) };
+                bridge
             }
             Step::RemoveService { mark } => {
                 let Ok(services) = &mut self.world.services else { return failed(step, "no services") };
@@ -63,6 +66,17 @@ impl State {
                 Ok(())
             }
             _ => failed(step, "not about networks"),
+        }
+    }
+
+    /// A dnsmasq that listens on a bridge that is no more is as good as none, whatever is made in its place.
+    pub(super) fn lose_bridge(&mut self, bridge: &LinkName) {
+        let listens =
+            |service: &Service| service.config.as_ref().is_some_and(|config| config.bridge == *bridge);
+        for service in self.world.services.iter_mut().flat_map(|services| services.values_mut()) {
+            if listens(service) {
+                service.pid = None;
+            }
         }
     }
 }

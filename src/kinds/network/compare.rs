@@ -234,16 +234,18 @@ fn compare_service(
         action.block(Blocker::lacks(Capability::Dnsmasq, how));
         return Ok(());
     }
-    if have.is_some_and(|have| have.config == config && have.pid.is_some()) {
+    let running = have.filter(|have| have.pid.is_some());
+    let given = running.and_then(|have| have.config.as_ref());
+    if given == Some(&config) {
         return Ok(());
     }
     if action.verb != Verb::Create {
-        match have {
-            Some(have) if have.pid.is_some() => {
+        match given {
+            Some(given) => {
                 let parts = [
-                    ("dnsmasq.settings", &have.config.main, &config.main),
-                    ("dnsmasq.reservations", &have.config.hosts, &config.hosts),
-                    ("dnsmasq.names", &have.config.names, &config.names),
+                    ("dnsmasq.settings", &given.main, &config.main),
+                    ("dnsmasq.reservations", &given.hosts, &config.hosts),
+                    ("dnsmasq.names", &given.names, &config.names),
                 ];
                 for (field, from, to) in parts {
                     for line in from.lines().filter(|line| !to.lines().any(|other| other == *line)) {
@@ -254,8 +256,9 @@ fn compare_service(
                     }
                 }
             }
-            _ => {
-                action.differs("dnsmasq", Some("not running".into()), Some("running".into()), Impact::Live);
+            None => {
+                let from = if running.is_some() { "half changed" } else { "not running" };
+                action.differs("dnsmasq", Some(from.into()), Some("running".into()), Impact::Live);
             }
         }
     }

@@ -3,6 +3,9 @@
 //!
 //! A network's directory holds what the process was given (`service.json`, written after it), its files and
 //! its leases. dnsmasq writes the leases and nobody else does; it gives up its rights by itself.
+//!
+//! The directory is the first to come and the last to go, and its name says whose it is: whatever is half
+//! made or half removed is found again. The record says nothing of a process while that is being changed.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -17,10 +20,10 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
 use super::nft::find_program;
-use super::{remove_file, replace_file};
+use super::replace_file;
 use crate::host::error::{ObserveError, StepError};
 use crate::host::snapshot::{Capability, Lease, Observed, Service, ServiceConfig};
-use crate::name::Mark;
+use crate::name::{Kind, Mark, ObjectId};
 
 const RECORD: &str = "service.json";
 const LEASES: &str = "leases";
@@ -33,8 +36,8 @@ const LEASES_BYTES_MAX: u64 = 8 << 20;
 #[derive(Debug, Serialize, Deserialize)]
 struct Record {
     mark: Mark,
-    /// What it was started with, and the names that it was told of since.
-    applied: ServiceConfig,
+    /// What it was started with, and the names that it was told of since. `None`: that is being changed.
+    applied: Option<ServiceConfig>,
     process: Option<Process>,
 }
 
@@ -55,6 +58,12 @@ struct Place {
 
 fn place(networks: &Path, mark: &Mark) -> Place {
     Place { directory: networks.join("services").join(format!("{}.{}", mark.set, mark.owner.name)) }
+}
+
+/// Whose directory this is. (No name of a set or an object has a dot.)
+fn owner(directory: &Path) -> Option<Mark> {
+    let (set, network) = directory.file_name()?.to_str()?.split_once('.')?;
+    Some(Mark::new(set.parse().ok()?, ObjectId::new(Kind::Network, network.parse().ok()?)))
 }
 
 impl Place {
@@ -201,16 +210,17 @@ pub fn observe(networks: &Path) -> Observed<BTreeMap<Mark, Service>> {
         };
         for entry in entries {
             let place = Place { directory: entry?.path() };
-            let Some(record) = place.record()? else { continue };
-            let same_bridge =
-                |process: &&Process| bridge_index(&record.applied) == Some(process.bridge_index);
-            let alive = record.process.as_ref().filter(|process| process.is_alive()).filter(same_bridge);
-            let service = Service {
-                pid: alive.map(|process| process.pid),
-                leases: place.leases()?,
-                config: record.applied,
+            let Some(mark) = owner(&place.directory) else { continue };
+            let (config, process) = match place.record()? {
+                Some(record) => (record.applied, record.process),
+                None => (None, None),
             };
-            services.insert(record.mark, service);
+            let same_bridge = |process: &Process| {
+                config.as_ref().is_none_or(|config| bridge_index(config) == Some(process.bridge_index))
+            };
+            let alive = process.filter(|process| process.is_alive() && same_bridge(process));
+            let pid = alive.map(|process| process.pid);
+            services.insert(mark, Service { config, pid, leases: place.leases()? });
         }
         Ok(services)
     };
@@ -225,15 +235,17 @@ pub fn set(networks: &Path, mark: &Mark, config: &ServiceConfig) -> Result<(), S
     let place = place(networks, mark);
     prepare(networks, &place).map_err(failed)?;
     let record = place.record().map_err(failed)?;
-    let running = record.as_ref().filter(|record| record.applied.main == config.main).and_then(|record| {
-        let process = record.process.as_ref().filter(|process| process.is_alive())?;
-        (bridge_index(config) == Some(process.bridge_index)).then(|| process.clone())
+    let process = record.as_ref().and_then(|record| record.process.clone());
+    let applied = record.and_then(|record| record.applied);
+    let running = process.clone().filter(|process| {
+        let same = |applied: &ServiceConfig| applied.main == config.main;
+        applied.as_ref().is_some_and(same)
+            && process.is_alive()
+            && bridge_index(config) == Some(process.bridge_index)
     });
-    // Noted before there is anything: what is killed half-way is found again, and removed with the network.
-    if record.is_none() {
-        let nothing = Record { mark: mark.clone(), applied: ServiceConfig::nothing(config), process: None };
-        place.write(&nothing).map_err(failed)?;
-    }
+    // Whoever is killed from here on leaves a process of which nobody knows what it was given.
+    let changing = Record { mark: mark.clone(), applied: None, process };
+    place.write(&changing).map_err(failed)?;
     for (name, content) in
         [("dnsmasq.conf", &config.main), ("hosts", &config.hosts), ("names", &config.names)]
     {
@@ -256,7 +268,7 @@ pub fn set(networks: &Path, mark: &Mark, config: &ServiceConfig) -> Result<(), S
             })?
         }
     };
-    let record = Record { mark: mark.clone(), applied: config.clone(), process: Some(process) };
+    let record = Record { mark: mark.clone(), applied: Some(config.clone()), process: Some(process) };
     place.write(&record).map_err(failed)
 }
 
@@ -316,10 +328,6 @@ pub fn remove(networks: &Path, mark: &Mark) -> Result<(), StepError> {
         return Ok(());
     }
     stop(&place).map_err(failed)?;
-    // The record last: until then it is found again.
-    for name in ["dnsmasq.conf", "hosts", "names", LEASES, LOG, RECORD] {
-        remove_file(&place.file(name)).map_err(failed)?;
-    }
     std::fs::remove_dir_all(&place.directory).map_err(failed)?;
     // (Only if it was the last.)
     let _ = std::fs::remove_dir(networks.join("services"));
