@@ -7,8 +7,9 @@ mod objects;
 #[path = "support/host.rs"]
 mod support;
 
-use std::io::{Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use net::{Host, Namespace, nft};
@@ -235,6 +236,10 @@ fn drift_is_healed_rule_by_rule_and_wakes_the_agent() {
         }
         events.drain().unwrap();
     }
+    nft("flush chain inet vmctl.default.lab prerouting");
+    assert!(!nft_changes(|| drop(host.apply(&network(nat())))).is_empty());
+    assert_eq!(nft_changes(|| drop(host.apply(&network(nat())))), Vec::<String>::new());
+    events.drain().unwrap();
     // Others' tables wake nobody; forwarding does.
     nft("add table ip others");
     assert!(!events.drain().unwrap().relevant);
@@ -242,6 +247,43 @@ fn drift_is_healed_rule_by_rule_and_wakes_the_agent() {
     assert!(events.drain().unwrap().relevant);
     host.apply(&network(nat()));
     assert_eq!(setting("ipv4/ip_forward"), "1");
+}
+
+/// What `nft monitor` says that was changed while `f` ran.
+fn nft_changes(f: impl FnOnce()) -> Vec<String> {
+    let mut monitor = Command::new("stdbuf")
+        .args(["-oL", "nft", "monitor"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("stdbuf (coreutils)");
+    let output = BufReader::new(monitor.stdout.take().unwrap());
+    let (said, hears) = std::sync::mpsc::channel();
+    let reader =
+        std::thread::spawn(move || output.lines().map_while(Result::ok).all(|line| said.send(line).is_ok()));
+    let deadline = Instant::now() + Duration::from_secs(20);
+    // A stranger's change: heard, so that it is known to listen.
+    let marker = |name: &str| nft(&format!("add table ip {name}; delete table ip {name}"));
+    while hears.recv_timeout(Duration::from_millis(10)).is_err() {
+        assert!(Instant::now() < deadline, "nft monitor hears nothing");
+        marker("begin");
+    }
+    f();
+    marker("end");
+    let mut changes = Vec::new();
+    loop {
+        let line = hears.recv_timeout(Duration::from_secs(20)).expect("the end is heard");
+        if line == "delete table ip end" {
+            break;
+        }
+        changes.push(line);
+    }
+    monitor.kill().unwrap();
+    monitor.wait().unwrap();
+    reader.join().unwrap();
+    let is_marker = |line: &String| line.ends_with("table ip begin") || line == "add table ip end";
+    changes.retain(|line| !line.starts_with('#') && !is_marker(line));
+    changes
 }
 
 /// What strangers do.
@@ -382,6 +424,9 @@ fn what_is_not_ours_stays_as_it_was_to_the_byte() {
                 host.apply(objects);
                 prop_assert_eq!(&before, &foreign(), "{:?}", objects);
             }
+            // A second time, nothing is changed: not even to the same.
+            let last = &rounds.last().expect("there is one").0;
+            prop_assert_eq!(nft_changes(|| drop(host.apply(last))), Vec::<String>::new());
             let before = foreign();
             host.apply(&Objects::new());
             prop_assert_eq!(before, foreign());
