@@ -7,7 +7,7 @@ mod objects;
 #[path = "support/host.rs"]
 mod support;
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -69,7 +69,15 @@ const WAIT: Duration = Duration::from_secs(2);
 
 /// Answers one connection with the address that it came from.
 fn serve(at: SocketAddr) -> impl FnOnce() -> Option<IpAddr> {
-    let listener = TcpListener::bind(at).unwrap();
+    let begun = Instant::now();
+    let listener = loop {
+        match TcpListener::bind(at) {
+            // The one before it still goes.
+            Err(error) if error.kind() == ErrorKind::AddrInUse && begun.elapsed() < WAIT => {}
+            done => break done.unwrap(),
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    };
     listener.set_nonblocking(true).unwrap();
     move || {
         let deadline = Instant::now() + WAIT + WAIT;
