@@ -14,6 +14,7 @@ use net::{Host, Namespace};
 use objects::{Objects, id};
 use serde_json::json;
 use support::{ip, private_network};
+use vmctl::host::linux::LinkEvents;
 use vmctl::kinds::virtual_machine::default_mac;
 use vmctl::name::MacAddress;
 
@@ -57,10 +58,9 @@ fn heard(from: &Namespace, to: &Namespace) -> BTreeSet<String> {
     names.split_whitespace().map(str::to_owned).collect()
 }
 
-#[test]
-fn spoofed_frames_reach_nobody() {
+fn set_up(name: &str) -> (Host, Objects) {
     private_network();
-    let host = Host::new("spoofing");
+    let host = Host::new(name);
     let kernel = host.root.join("kernel");
     std::fs::write(&kernel, [0; 4096]).unwrap();
     let vm = |addresses: serde_json::Value| {
@@ -72,12 +72,17 @@ fn spoofed_frames_reach_nobody() {
     let network = json!({
         "bridge": "virbr0", "ipv4": {"address": "192.168.100.1/24"}, "ipv6": {"address": "fd00:100::1/64"},
     });
-    let mut all: Objects = [
+    let all = [
         (id("Network/lab"), network),
         (id("VirtualMachine/web"), vm(json!(["192.168.100.10", "fd00:100::10"]))),
         (id("VirtualMachine/db"), vm(json!(["192.168.100.11", "fd00:100::11"]))),
-    ]
-    .into();
+    ];
+    (host, all.into())
+}
+
+#[test]
+fn spoofed_frames_reach_nobody() {
+    let (host, mut all) = set_up("spoofing");
     host.apply(&all);
     // Namespaces stand in for the guests, behind links that are named as their taps.
     let guest = |name: &str| {
@@ -120,4 +125,30 @@ fn spoofed_frames_reach_nobody() {
     ip("link del web.net0");
     host.apply(&Objects::new());
     assert_eq!(net::nft("list ruleset"), "");
+}
+
+#[test]
+fn drift_of_the_guards_is_healed_element_by_element() {
+    let (host, all) = set_up("guards");
+    host.apply(&all);
+    let listed = || net::nft("list table bridge vmctl.default.lab");
+    let good = listed();
+    let mut events = LinkEvents::open().unwrap();
+    for drift in [
+        "delete element bridge vmctl.default.lab nics { web.net0 }",
+        "flush map bridge vmctl.default.lab nics",
+        "delete element bridge vmctl.default.lab ipv4 { 192.168.100.11 }",
+        "add element bridge vmctl.default.lab ipv6 { fd00:100::99 }",
+        "flush chain bridge vmctl.default.lab neighbours",
+        "add set bridge vmctl.default.lab ours { type ipv4_addr; flags timeout; timeout 1h; }",
+        "delete table bridge vmctl.default.lab",
+    ] {
+        events.drain().unwrap();
+        net::nft(drift);
+        assert!(events.drain().unwrap().relevant, "{drift}");
+        let shown = host.apply(&all);
+        assert!(shown.contains("nftables"), "{shown}");
+        assert_eq!(listed(), good, "{drift}\n{shown}");
+    }
+    host.apply(&Objects::new());
 }

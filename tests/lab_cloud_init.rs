@@ -1,8 +1,6 @@
 //! A Linux guest finds its cloud-init seed as cloud-init does: by the label, on a disk that it can't write.
 //! Every test here runs in the lab (`tests/lab/`).
 
-#[path = "support/cpio.rs"]
-mod cpio;
 #[path = "support/in_lab.rs"]
 mod in_lab;
 #[path = "support/tutorial.rs"]
@@ -20,18 +18,7 @@ fn a_guest_reads_its_seed() {
         return;
     }
     let tutorial = Tutorial::new();
-    let mut archive = cpio::Archive::default();
-    archive.directory("extra");
-    let mut loaded = Vec::new();
-    for module in MODULES {
-        let path = run(&format!("find /lib/modules -name {module}.ko"));
-        if !path.trim().is_empty() {
-            archive.file(&format!("extra/{module}.ko"), 0o644, &std::fs::read(path.trim()).unwrap());
-            loaded.push(module);
-        }
-    }
-    let initrd = [std::fs::read("/guest/initrd").unwrap(), archive.finish()].concat();
-    std::fs::write("/tmp/t/initrd", initrd).unwrap();
+    let loaded = initrd_with(&MODULES, "/tmp/t/initrd");
     std::fs::write("/tmp/t/secret", "#!/bin/sh\necho secret\n").unwrap();
     tutorial.edit("vm1.yaml", "initrd: /guest/initrd", "initrd: /tmp/t/initrd");
     tutorial.edit(

@@ -1,8 +1,6 @@
 //! The host's policy where it is real: the kernel's huge pages and KSM, and a guest whose balloon the agent
 //! fills and empties. Every test here runs in the lab (`tests/lab/`).
 
-#[path = "support/cpio.rs"]
-mod cpio;
 #[path = "support/in_lab.rs"]
 mod in_lab;
 #[path = "support/tutorial.rs"]
@@ -94,11 +92,7 @@ fn the_agent_fills_a_balloon_when_memory_is_short_and_empties_it_again() {
         return;
     }
     let host = host("balloon");
-    let mut archive = cpio::Archive::default();
-    archive.directory("extra");
-    let module = run("find /lib/modules -name virtio_balloon.ko");
-    archive.file("extra/virtio_balloon.ko", 0o644, &fs::read(module.trim()).unwrap());
-    fs::write("/tmp/initrd", [fs::read("/guest/initrd").unwrap(), archive.finish()].concat()).unwrap();
+    initrd_with(&["virtio_balloon"], "/tmp/initrd");
     let vm = "
 apiVersion: vmctl.dev/v1alpha1
 kind: VirtualMachine

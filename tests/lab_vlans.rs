@@ -2,8 +2,6 @@
 //! hears whom is what the manifests say, frame by frame with its tag; and as the running guests move from the one way
 //! to the other, nobody hears more. Every test here runs in the lab (`tests/lab/`).
 
-#[path = "support/cpio.rs"]
-mod cpio;
 #[path = "support/in_lab.rs"]
 mod in_lab;
 #[path = "support/tutorial.rs"]
@@ -152,23 +150,6 @@ for to in ('ffffffffffff', '333300000001', '{}'):
     }
 }
 
-/// The guest's initial ram disk, with the modules for VLANs.
-fn initrd_with_vlans() -> Vec<&'static str> {
-    let mut archive = cpio::Archive::default();
-    archive.directory("extra");
-    let mut loaded = Vec::new();
-    for module in MODULES {
-        let path = run(&format!("find /lib/modules -name {module}.ko"));
-        if !path.trim().is_empty() {
-            archive.file(&format!("extra/{module}.ko"), 0o644, &std::fs::read(path.trim()).unwrap());
-            loaded.push(module);
-        }
-    }
-    let initrd = [std::fs::read("/guest/initrd").unwrap(), archive.finish()].concat();
-    std::fs::write("/tmp/t/initrd", initrd).unwrap();
-    loaded
-}
-
 const ROUTER: &str = "apiVersion: vmctl.dev/v1alpha1
 kind: VirtualMachine
 metadata: {name: router}
@@ -232,7 +213,7 @@ fn both_ways_to_have_vlans_reach_the_same_and_nothing_else() {
     check_matrix(&mut guests, None);
 
     // And a guest with tags.
-    let modules = initrd_with_vlans();
+    let modules = initrd_with(&MODULES, "/tmp/t/initrd");
     std::fs::write(tutorial.source.join("router.yaml"), ROUTER).unwrap();
     tutorial.apply();
     let mut router = tutorial.guest("router");

@@ -169,9 +169,12 @@ impl Set {
         if self.map.is_some() { "map" } else { "set" }
     }
 
-    /// Of the same kind, whatever is in it.
-    fn is_like(&self, other: &Self) -> bool {
-        (&self.kind, &self.map) == (&other.kind, &other.map)
+    /// What it is, whatever is in it.
+    pub fn describe(&self) -> String {
+        match &self.map {
+            Some(value) => format!("map {} : {value}", self.kind),
+            None => format!("set {}", self.kind),
+        }
     }
 }
 
@@ -316,7 +319,9 @@ pub fn transaction(id: &TableId, have: Option<&Listed>, want: &Table) -> Vec<Val
 }
 
 fn changes_a_sets_kind(have: &Table, want: &Table) -> bool {
-    want.sets.iter().any(|(name, set)| have.sets.get(name).is_some_and(|have| !have.is_like(set)))
+    want.sets
+        .iter()
+        .any(|(name, set)| have.sets.get(name).is_some_and(|have| have.describe() != set.describe()))
 }
 
 /// But for the policy.

@@ -3,6 +3,8 @@
 
 #![allow(dead_code)] // Each test binary uses its own part.
 
+#[path = "cpio.rs"]
+mod cpio;
 #[path = "lost.rs"]
 mod lost;
 
@@ -30,6 +32,23 @@ pub fn shell(command: &str) -> Output {
 pub fn said(output: &Output) -> String {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     format!("{}\n{}{}", output.status, text(&output.stdout), text(&output.stderr))
+}
+
+/// A guest's initial ram disk at `path`, with modules of the kernel in `/extra` beside its own. Gives those that there
+/// are: what the kernel has built in has no file.
+pub fn initrd_with<'a>(modules: &[&'a str], path: &str) -> Vec<&'a str> {
+    let mut archive = cpio::Archive::default();
+    archive.directory("extra");
+    let mut there = Vec::new();
+    for &module in modules {
+        let file = run(&format!("find /lib/modules -name {module}.ko"));
+        if !file.trim().is_empty() {
+            archive.file(&format!("extra/{module}.ko"), 0o644, &std::fs::read(file.trim()).unwrap());
+            there.push(module);
+        }
+    }
+    std::fs::write(path, [std::fs::read("/guest/initrd").unwrap(), archive.finish()].concat()).unwrap();
+    there
 }
 
 /// Waits until something is so.

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::{Mode, Network, Place, guards, rules, service};
 use crate::host::Step;
-use crate::host::snapshot::{Capability, Family, IpFamily, Rule, Table, TableId};
+use crate::host::snapshot::{Capability, Family, IpFamily, Rule, Set, Table, TableId};
 use crate::kinds::Context;
 use crate::kinds::action::{Action, Blocker, Impact, Verb};
 use crate::kinds::bridge;
@@ -136,6 +136,10 @@ fn differences(action: &mut Action, have: &Table, want: &Table) {
         let field = format!("nftables.{name}");
         let elements =
             |table: &Table| table.sets.get(name).map(|set| set.elements.clone()).unwrap_or_default();
+        let kind = |table: &Table| table.sets.get(name).map(Set::describe);
+        if kind(have) != kind(want) {
+            action.differs(&field, kind(have), kind(want), Impact::Live);
+        }
         let (from, to) = (elements(have), elements(want));
         for element in from.iter().filter(|(key, value)| to.get(*key) != Some(*value)) {
             action.differs(&field, Some(element.0.clone()), None, Impact::Live);

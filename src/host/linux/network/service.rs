@@ -35,7 +35,6 @@ const LEASES_BYTES_MAX: u64 = 8 << 20;
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Record {
-    mark: Mark,
     /// What it was started with, and the names that it was told of since. `None`: that is being changed.
     applied: Option<ServiceConfig>,
     process: Option<Process>,
@@ -244,7 +243,7 @@ pub fn set(networks: &Path, mark: &Mark, config: &ServiceConfig) -> Result<(), S
             && bridge_index(config) == Some(process.bridge_index)
     });
     // Whoever is killed from here on leaves a process of which nobody knows what it was given.
-    let changing = Record { mark: mark.clone(), applied: None, process };
+    let changing = Record { applied: None, process };
     place.write(&changing).map_err(failed)?;
     for (name, content) in
         [("dnsmasq.conf", &config.main), ("hosts", &config.hosts), ("names", &config.names)]
@@ -268,7 +267,7 @@ pub fn set(networks: &Path, mark: &Mark, config: &ServiceConfig) -> Result<(), S
             })?
         }
     };
-    let record = Record { mark: mark.clone(), applied: Some(config.clone()), process: Some(process) };
+    let record = Record { applied: Some(config.clone()), process: Some(process) };
     place.write(&record).map_err(failed)
 }
 
