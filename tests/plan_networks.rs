@@ -231,6 +231,25 @@ fn what_is_lacking_or_dangerous_blocks() {
 }
 
 #[test]
+fn the_routers_link_local_address_is_nobodys_else() {
+    let taken = |objects: &Objects| {
+        let host = host();
+        converge(objects, &host);
+        let tables = host.snapshot(&Default::default()).tables.unwrap();
+        tables.values().find_map(|table| table.sets.get("ipv6").cloned()).expect("guards").elements
+    };
+    let mut all = with_vm();
+    all.get_mut(&id("Network/lab")).unwrap()["bridge"] = json!("lab0");
+    all.insert(id("Bridge/lab0"), json!({"macAddress": "52:54:00:12:34:56"}));
+    let declared = taken(&all);
+    assert!(declared.contains_key("fe80::5054:ff:fe12:3456"), "{declared:?}");
+    // A bridge of its own has an address that is made from its name; a declared one without has any.
+    assert_eq!(taken(&with_vm()).len(), declared.len());
+    all.insert(id("Bridge/lab0"), json!({}));
+    assert_eq!(taken(&all).len(), declared.len() - 2);
+}
+
+#[test]
 fn another_sets_networks_are_left_alone() {
     let host = host();
     converge(&networks(), &host);

@@ -37,7 +37,7 @@ fn compare_all(
     let bridge = place.link(&id.name).map_err(invalid)?;
     let links = links::all(context)?;
     // What guards the network is there before the network, and what lets others in comes last.
-    let guarded = guards::table(id, want, context.declared);
+    let guarded = guards::table(id, want, place.bridge().mac_address, context.declared);
     compare_table(action, TableId::of_network(mark), Some(rules::table(want, &bridge)), context)?;
     compare_table(action, TableId::of_guards(mark), guarded, context)?;
     remove_former_bridges(action, id, &place, &bridge, context);

@@ -10,8 +10,8 @@ use std::net::{IpAddr, Ipv6Addr};
 
 use serde_json::{Value, json};
 
+use super::Network;
 use super::rules::{base, compare, is, rule, within};
-use super::{Network, gateway_mac};
 use crate::host::snapshot::{Chain, IpFamily, Rule, Set, Table};
 use crate::kinds::virtual_machine::{Attachment, Interface, Vlans, default_mac, tap_name};
 use crate::kinds::{Declared, Spec};
@@ -35,8 +35,14 @@ impl Nic<'_> {
     }
 }
 
-/// `None`: no NIC is guarded.
-pub fn table(id: &ObjectId, network: &Network, declared: &Declared) -> Option<Table> {
+/// `gateway`: its bridge's MAC address, if that is declared; else nobody knows which link-local address is the
+/// router's. `None`: no NIC is guarded.
+pub fn table(
+    id: &ObjectId,
+    network: &Network,
+    gateway: Option<MacAddress>,
+    declared: &Declared,
+) -> Option<Table> {
     let vms = declared.objects.iter().filter_map(|(id, spec)| match spec {
         Spec::VirtualMachine(vm) => Some((&id.name, vm)),
         _ => None,
@@ -54,12 +60,11 @@ pub fn table(id: &ObjectId, network: &Network, declared: &Declared) -> Option<Ta
     guarded().next()?;
 
     // The gateway's and every NIC's: those that are declared, and those that an interface makes itself.
-    let gateway = gateway_mac(&declared.set, &id.name);
     let taken = |family| {
         let gateway = network.subnets.get(&family).map(|subnet| subnet.address.address);
         gateway.into_iter().chain(nics.iter().filter_map(move |nic| nic.address(family)))
     };
-    let made = nics.iter().map(|nic| nic.mac).chain([gateway]).flat_map(|mac| made_of(mac, network));
+    let made = nics.iter().map(|nic| nic.mac).chain(gateway).flat_map(|mac| made_of(mac, network));
     let ipv6: BTreeSet<IpAddr> = taken(IpFamily::Ipv6).chain(made).collect();
     let text = |address: IpAddr| address.to_string();
     let sets = [
